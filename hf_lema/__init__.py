@@ -1,0 +1,47 @@
+"""Fine-tune models larger than the GPU with the stock Trainer and stock PEFT.
+
+The names below are the public interface. They are imported at first use, so that ``import hf_lema`` loads nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_lema.config import LemaConfig
+    from hf_lema.streamer import LayerStreamer, StreamerStats
+    from hf_lema.telemetry import MemoryTelemetryCallback
+    from hf_lema.wrapper import LemaModelWrapper, get_streamer
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "LayerStreamer": "hf_lema.streamer",
+    "LemaConfig": "hf_lema.config",
+    "LemaModelWrapper": "hf_lema.wrapper",
+    "MemoryTelemetryCallback": "hf_lema.telemetry",
+    "StreamerStats": "hf_lema.streamer",
+    "get_streamer": "hf_lema.wrapper",
+}
+
+__all__ = [
+    "LayerStreamer",
+    "LemaConfig",
+    "LemaModelWrapper",
+    "MemoryTelemetryCallback",
+    "StreamerStats",
+    "get_streamer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_lema' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

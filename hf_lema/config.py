@@ -1,0 +1,58 @@
+"""What a user may choose. Knows no models and no devices: budgets are text or bytes until a device is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_lema.units import parse_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LemaConfig:
+    """Choices for one wrapped model.
+
+    Attributes:
+        vram_budget: Most device memory that this process may allocate: ``"auto"`` (what is free, less head-room; may
+            keep every layer resident, and says so), ``"min"`` (nothing resident but the slots), a text such as
+            ``"6GiB"``, or bytes.
+        ram_budget: Most host memory for the streamed layers: ``"auto"`` (what is free), ``"min"`` (always the disk
+            tier), a text such as ``"2.4GiB"``, or bytes. The RAM tier is used where the layers fit, else the disk
+            tier.
+        num_slots: Device buffers of one layer each that streamed layers share; at least 2 (one computes while the
+            next is filled).
+
+    Raises:
+        ValueError: If a budget cannot be read or is not positive, or ``num_slots`` is below 2.
+    """
+
+    vram_budget: str | int = "auto"
+    ram_budget: str | int = "auto"
+    num_slots: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("vram_budget", "ram_budget"):
+            self._bytes_of(name)
+        if self.num_slots < 2:
+            raise ValueError(f"num_slots is {self.num_slots}; streaming needs at least 2 (one computes, one is filled)")
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        """The stated VRAM budget in bytes; None for ``"auto"`` and ``"min"``."""
+        return self._bytes_of("vram_budget")
+
+    @property
+    def ram_budget_bytes(self) -> int | None:
+        """The stated RAM budget in bytes; None for ``"auto"`` and ``"min"``."""
+        return self._bytes_of("ram_budget")
+
+    def _bytes_of(self, name: str) -> int | None:
+        value = getattr(self, name)
+        if value in ("auto", "min"):
+            return None
+        try:
+            num_bytes = parse_bytes(value)
+        except ValueError as error:
+            raise ValueError(f'{name} must be "auto", "min", a size such as "6GiB", or bytes: {error}') from error
+        if num_bytes <= 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
+        return num_bytes

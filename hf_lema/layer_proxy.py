@@ -1,0 +1,294 @@
+"""A decoder layer whose weights are lent to it for each visit.
+
+Responsibility: the class graft, what is registered when, what a visit refuses. Knows nothing of files or threads.
+
+Note [graft]: a layer becomes a proxy by changing its class to a subclass of the one it has, with the same name. Module
+paths, adapter keys, attributes and ``isinstance`` checks then stay as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lema.recompute import Recompute, Visit
+from hf_lema.schedule import Direction
+from hf_lema.streamer import LayerStreamer
+
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+_LOSING_FLAGS = ("output_attentions", "output_router_logits")
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """Where a streamed tensor of a layer is registered.
+
+    Attributes:
+        name: Name relative to the layer as it was when wrapped, before any adapter changed module paths.
+        owner: The module that registers it (PEFT moves the module, but keeps the object).
+        attribute: Its name there.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+
+
+class LayerProxy(nn.Module):
+    """Mixed into the class of a decoder layer by `graft_layer`; see Note [graft]."""
+
+    _lema: ProxyState
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # `.to(device)` moves what is registered; streamed tensors stay on the host.
+        with self._lema.streamed_tensors_hidden():
+            return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError(COPY_MESSAGE)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(COPY_MESSAGE)
+
+
+COPY_MESSAGE = (
+    "a wrapped model owns threads and device buffers and cannot be copied or pickled; use save_pretrained, or "
+    "LemaModelWrapper.unwrap(model) first"
+)
+
+
+class ProxyState:
+    """What a proxied layer needs to run a visit.
+
+    Args:
+        layer_idx: Position of the layer in the model.
+        layer: The layer, not yet grafted.
+        streamer: Lends the weights.
+        streamed: The tensors that are lent.
+
+    Attributes:
+        has_trained: Whether a backward has visited the layer.
+        on_sweep: Called with the number of tokens before a training visit (set on the first layer).
+    """
+
+    def __init__(
+        self, layer_idx: int, layer: nn.Module, streamer: LayerStreamer, streamed: tuple[StreamedTensor, ...]
+    ) -> None:
+        self.layer_idx = layer_idx
+        self.layer = layer
+        self.plain_class: type[nn.Module] = type(layer)
+        self.streamer = streamer
+        self.streamed = streamed
+        self.has_trained = False
+        self.on_sweep: Callable[[int], None] | None = None
+        self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
+        self._signature = inspect.signature(self.plain_class.forward)
+
+    def registered(self, tensor: StreamedTensor) -> torch.Tensor:
+        """The tensor that the model registers at rest."""
+        return tensor.owner._parameters[tensor.attribute]  # type: ignore[return-value]
+
+    def trainable_slots(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+        """(registry, name, parameter) of every parameter under the layer that needs a gradient."""
+        found = []
+        for module in self.layer.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    found.append((module._parameters, name, parameter))
+        return found
+
+    # ---- weights ----
+
+    @contextmanager
+    def streamed_tensors_hidden(self) -> Iterator[None]:
+        """Takes the streamed tensors out of the registers for the duration of the block."""
+        hidden = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
+        try:
+            for registry, attribute, _ in hidden:
+                registry[attribute] = None
+            yield
+        finally:
+            for registry, attribute, tensor in hidden:
+                registry[attribute] = tensor  # type: ignore[assignment]
+
+    @contextmanager
+    def weights(self, direction: Direction, *, expect_backward: bool = False) -> Iterator[None]:
+        """Leases the layer and registers the lent tensors for the duration of the block."""
+        if direction is Direction.BACKWARD:
+            self.reconcile()
+        self.has_trained = self.has_trained or direction is Direction.BACKWARD
+        with self.streamer.lease(self.layer_idx, direction, expect_backward=expect_backward) as lent:
+            at_rest = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
+            try:
+                for tensor in self.streamed:
+                    tensor.owner._parameters[tensor.attribute] = lent[tensor.name]
+                yield
+            finally:
+                for registry, attribute, parameter in at_rest:
+                    registry[attribute] = parameter  # type: ignore[assignment]
+
+    def reconcile(self) -> None:
+        """Takes over what was done to the layer since its last visit.
+
+        A streamed tensor whose data was replaced (PiSSA, a merge with ``safe_merge``, an upcast) is copied back into
+        the store and its slots are forgotten. One that was unfrozen becomes resident before training has begun.
+
+        Raises:
+            RuntimeError: A streamed tensor was unfrozen after training began.
+            ValueError: A replaced tensor has another shape or dtype than the store's.
+        """
+        promoted = [t for t in self.streamed if self.registered(t).requires_grad]
+        if promoted:
+            self._promote(promoted)
+        changed = [t for t in self.streamed if self.registered(t).data_ptr() != self.host_views[t.name].data_ptr()]
+        if changed:
+            self.take_over(changed)
+
+    def take_over(self, changed: list[StreamedTensor]) -> None:
+        """Copies replaced tensors into the store and registers the store's memory again."""
+        wrong = [
+            f"{t.name}: {self.registered(t).dtype} {tuple(self.registered(t).shape)}, expected "
+            f"{self.host_views[t.name].dtype} {tuple(self.host_views[t.name].shape)}"
+            for t in changed
+            if self.registered(t).dtype != self.host_views[t.name].dtype
+            or self.registered(t).shape != self.host_views[t.name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"layer {self.layer_idx}: streamed weights were replaced by tensors of another dtype or shape: "
+                f"{'; '.join(wrong)}. Load the model in the dtype you want instead of casting a wrapped one "
+                "(for example LemaModelWrapper.from_pretrained(..., dtype=torch.float32))"
+            )
+        with torch.no_grad():
+            for tensor in changed:
+                view, parameter = self.host_views[tensor.name], self.registered(tensor)
+                view.copy_(parameter.data)
+                parameter.data = view
+        self.streamer.invalidate(self.layer_idx)
+
+    def _promote(self, promoted: list[StreamedTensor]) -> None:
+        names = [t.name for t in promoted]
+        if self.has_trained:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: {names} were unfrozen after training began; the optimizer does not know their "
+                "device copy. Set requires_grad before the first step"
+            )
+        for tensor in promoted:
+            parameter = self.registered(tensor)
+            # The optimizer may hold this very object: it must stay, only its data moves.
+            parameter.data = parameter.data.to(self.streamer.device, copy=True)
+        self.streamed = tuple(t for t in self.streamed if t not in promoted)
+
+    # ---- visits ----
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One visit: plain where no gradient is needed, else through the recompute Function."""
+        if not args:
+            raise ValueError(
+                f"layer {self.layer_idx} ({self.plain_class.__name__}) was called without positional hidden states"
+            )
+        self.reconcile()
+        self._bring_own_tensors_to(self.streamer.device)
+        trainables = self.trainable_slots() if torch.is_grad_enabled() else []
+        hidden = args[0]
+        if not (torch.is_grad_enabled() and (trainables or hidden.requires_grad)):
+            with self.weights(Direction.FORWARD):
+                return self.call_plain(*args, **kwargs)
+        if self.on_sweep is not None:
+            self.on_sweep(hidden.shape[:-1].numel())
+        kwargs = self._without_cache(kwargs)
+        self._refuse_lost_gradients(args[1:], kwargs)
+        slots = [(registry, name) for registry, name, _ in trainables]
+        visit = Visit(self, args[1:], kwargs, slots, self.streamer.device)
+        outputs = Recompute.apply(visit, hidden, *(parameter for _, _, parameter in trainables))
+        return visit.rebuild(outputs)
+
+    def call_plain(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the forward of the layer's own class: no hooks of the layer fire, no proxy is entered."""
+        return self.plain_class.forward(self.layer, *args, **kwargs)
+
+    def _bring_own_tensors_to(self, device: torch.device) -> None:
+        """Moves what is not streamed to the device: an adapter added after the wrap lies beside its base, on the host."""
+        streamed = {id(self.registered(t)) for t in self.streamed}
+        for parameter in self.layer.parameters():
+            if parameter.device != device and id(parameter) not in streamed:
+                parameter.data = parameter.data.to(device)
+
+    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Drops the KV cache while gradients are on: the recompute would append to it a second time.
+
+        Raises:
+            ValueError: The cache already holds tokens, so that leaving it out would change the numbers.
+        """
+        kept = dict(kwargs)
+        for name in _CACHE_ARGUMENTS:
+            cache = kept.get(name)
+            if cache is None:
+                continue
+            if cache.get_seq_length(self.layer_idx) > 0:
+                raise ValueError(
+                    f"layer {self.layer_idx}: {name} already holds {cache.get_seq_length(self.layer_idx)} tokens while "
+                    "gradients are on; train on the whole sequence, or run under torch.no_grad()"
+                )
+            kept[name] = None
+        if kept.get("use_cache"):
+            kept["use_cache"] = False
+        return kept
+
+    def _refuse_lost_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        flags = [name for name in _LOSING_FLAGS if kwargs.get(name)]
+        if flags:
+            raise ValueError(
+                f"layer {self.layer_idx}: {flags} asks for outputs of inner modules, which would be handed out without "
+                "their gradient; turn them off while training (evaluation under torch.no_grad() may use them)"
+            )
+        names = list(self._signature.parameters)[2:]
+        named = [*zip([*names, *(["*args"] * len(args))], args, strict=False), *kwargs.items()]
+        lost = [name for name, value in named if any(t.requires_grad for t in tensors_in(value))]
+        if lost:
+            raise ValueError(
+                f"layer {self.layer_idx}: the arguments {lost} need a gradient, but only the hidden states (first "
+                "argument) get one through a streamed layer"
+            )
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+@functools.cache
+def _proxy_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(plain_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._lema.forward(*args, **kwargs)
+
+    body = {"forward": forward, "__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
+    return type(plain_class.__name__, (LayerProxy, plain_class), body)
+
+
+def graft_layer(state: ProxyState) -> None:
+    """Makes the state's layer a proxy; see Note [graft]."""
+    layer = state.layer
+    object.__setattr__(layer, "_lema", state)
+    layer.__class__ = _proxy_class(state.plain_class)
+
+
+def ungraft_layer(layer: nn.Module) -> None:
+    """Gives a proxied layer its own class back."""
+    state: ProxyState = layer.__dict__.pop("_lema")
+    layer.__class__ = state.plain_class

@@ -1,0 +1,64 @@
+"""Lets PEFT merge adapters into weights that are at rest on the host.
+
+Responsibility: one seam. PEFT merges inside ``onload_layer``, which asks a base layer's ``_hf_hook`` (accelerate's
+offloading hook) to bring the weights to the device and to put them back; this module answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.hooks import AlignDevicesHook
+from torch import nn
+
+from hf_lema.layer_proxy import ProxyState, StreamedTensor
+
+
+class MergeHook(AlignDevicesHook):  # type: ignore[misc]
+    """Brings one module's streamed tensors to the device for a merge, and takes the result back.
+
+    It is only registered as ``_hf_hook``; it wraps no forward.
+
+    Args:
+        state: The layer that the module belongs to.
+        tensors: The module's streamed tensors.
+    """
+
+    def __init__(self, state: ProxyState, tensors: list[StreamedTensor]) -> None:
+        super().__init__(execution_device=state.streamer.device, offload=True)
+        self.weights_map = None
+        self._state = state
+        self._tensors = tensors
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Puts the tensors on the device."""
+        for tensor in self._tensors:
+            parameter = self._state.registered(tensor)
+            parameter.data = parameter.data.to(self._state.streamer.device, copy=True)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Takes the tensors back to the host."""
+        self._state.take_over(self._tensors)
+        return output
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Nothing was attached."""
+        return module
+
+
+def install_merge_hooks(state: ProxyState) -> None:
+    """Registers a `MergeHook` on every module that owns streamed tensors of the layer."""
+    owners: dict[int, list[StreamedTensor]] = {}
+    for tensor in state.streamed:
+        owners.setdefault(id(tensor.owner), []).append(tensor)
+    for tensors in owners.values():
+        object.__setattr__(tensors[0].owner, "_hf_hook", MergeHook(state, tensors))
+
+
+def remove_merge_hooks(state: ProxyState) -> None:
+    """Takes the hooks away."""
+    for tensor in state.streamed:
+        tensor.owner.__dict__.pop("_hf_hook", None)
+
+

@@ -1,0 +1,343 @@
+"""The seams with transformers, accelerate and peft: build, place, graft, and give back.
+
+Responsibility: `LemaModelWrapper`, and how to find the runtime behind any wrapping. Knows nothing of buffers or events.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lema.config import LemaConfig
+from hf_lema.layer_proxy import COPY_MESSAGE, LayerProxy, ProxyState, graft_layer, ungraft_layer
+from hf_lema.loading import build_skeleton, find_decoder_layers
+from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
+from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_model, streamed_tensors
+from hf_lema.residency import VramBudget
+from hf_lema.streamer import LayerStreamer
+
+
+class LemaModelWrapper(nn.Module):
+    """Makes a causal language model stream its decoder layers.
+
+    The model stays the object it was: the class of the language model and of each decoder layer becomes a subclass with
+    the same name, so that module paths, adapter keys, ``state_dict`` and ``isinstance`` checks are those of the plain
+    model. ``LemaModelWrapper(model)`` is the same as ``LemaModelWrapper.wrap(model)``.
+    """
+
+    _lema_runtime: _Runtime
+
+    def __new__(cls, model: Any, config: LemaConfig | None = None, device: Any = None) -> Any:
+        """See `wrap`."""
+        return cls.wrap(model, config, device)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: Python calls it on what ``__new__`` returned, which is built already."""
+
+    @staticmethod
+    def wrap(model: nn.Module, config: LemaConfig | None = None, device: torch.device | str | None = None) -> Any:
+        """Streams the decoder layers of a model that is already built, in place.
+
+        A model whose parameters all need a gradient is frozen; one with mixed flags keeps them, and its decoder-layer
+        parameters that need a gradient stay on the device and train.
+
+        Args:
+            model: A transformers causal language model, or a ``PeftModel`` around one.
+            config: Budgets; the defaults if None.
+            device: Where layers compute; the current accelerator, or the CPU, if None.
+
+        Returns:
+            ``model``, the same object.
+
+        Raises:
+            ValueError: The model has no list of decoder layers, is quantized, has weights on the meta device or an
+                accelerate device map, is in bfloat16 on a card without it, or does not fit the stated budgets.
+            RuntimeError: The model is wrapped already.
+        """
+        config = config or LemaConfig()
+        lm = _language_model(model)
+        _refuse_unfit(lm)
+        target = _resolve_device(device)
+        _refuse_bf16_without_hardware(lm, target)
+        if all(parameter.requires_grad for parameter in lm.parameters()):
+            lm.requires_grad_(False)
+        _, layers = find_decoder_layers(lm)
+        streamed = streamed_tensors(lm, layers)
+        layouts = {i: layout for i, (layout, _) in streamed.items()}
+        store = choose_store(layouts, config, target, source=None)
+        fill_from_model(store, streamed)
+        places = {i: tensors for i, (_, tensors) in streamed.items()}
+        _assemble(lm, list(layers), places, LayerStreamer(store, target, len(layers), config.num_slots), config)
+        lm.to(target)
+        _runtime_of(lm).start_budget()
+        return model
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str,
+        config: LemaConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Builds a causal language model from its checkpoint without ever holding it whole on the device.
+
+        Decoder layers go straight into host memory, or stay in their files where host memory is too small; embedding,
+        head and final norm go to the device. Every parameter is frozen.
+
+        Args:
+            name_or_path: Hub id or folder with safetensors files.
+            config: Budgets; the defaults if None.
+            dtype: Type of the weights; the checkpoint's own if None or ``"auto"``.
+            device: Where layers compute; the current accelerator, or the CPU, if None.
+            **kwargs: Passed on as ``AutoModelForCausalLM.from_pretrained`` would take them (``revision``,
+                ``attn_implementation``, ``trust_remote_code``, overrides of the configuration, ...).
+
+        Returns:
+            The model, an instance of its own class and of `LemaModelWrapper`.
+
+        Raises:
+            ValueError: The checkpoint is damaged, has no safetensors files, or does not fit the model or the budgets.
+            FileNotFoundError: A shard is missing.
+        """
+        config = config or LemaConfig()
+        target = _resolve_device(device)
+        skeleton = build_skeleton(name_or_path, dtype, target, **kwargs)
+        lm: Any = skeleton.model
+        _refuse_bf16_without_hardware(lm, target)
+        _, layers = find_decoder_layers(lm)
+        layouts = {layout.layer_idx: layout for layout in skeleton.source.layouts}
+        store = choose_store(layouts, config, target, source=skeleton.source)
+        places = fill_from_checkpoint(store, skeleton.source, layers)
+        _assemble(lm, list(layers), places, LayerStreamer(store, target, len(layers), config.num_slots), config)
+        _runtime_of(lm).start_budget()
+        return lm
+
+    @staticmethod
+    def unwrap(model: nn.Module) -> Any:
+        """Ends streaming and gives the plain model back, in place, with all of its weights on the CPU.
+
+        Args:
+            model: A wrapped model, or a ``PeftModel`` around one.
+
+        Returns:
+            ``model``, the same object, of its own class again.
+
+        Raises:
+            ValueError: The model is not wrapped.
+        """
+        lm = _find_wrapped(model)
+        if lm is None:
+            raise ValueError("the model is not wrapped")
+        runtime = _runtime_of(lm)
+        runtime.streamer.close()
+        for state in runtime.layers:
+            remove_merge_hooks(state)
+            for tensor in state.streamed:
+                parameter = state.registered(tensor)
+                parameter.data = parameter.data.clone()
+            ungraft_layer(state.layer)
+        del lm.__dict__["_lema_runtime"]
+        lm.__class__ = runtime.plain_class
+        return model.to("cpu")
+
+    # ---- what a wrapped model does differently ----
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for dtype in {view.dtype for state in _runtime_of(self).layers for view in state.host_views.values()}:
+            cast = fn(torch.empty(0, dtype=dtype)).dtype
+            if cast != dtype:
+                raise TypeError(
+                    f"a wrapped model cannot be cast from {dtype} to {cast}: its layers lie in a store of that dtype. "
+                    f"Load it as from_pretrained(..., dtype={cast}), or LemaModelWrapper.unwrap(model) first"
+                )
+        return super()._apply(fn, recurse)
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # Absorbed: a streamed layer recomputes in any case, and a second recompute around it would double the bytes.
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+        for module in self.modules():
+            if "gradient_checkpointing" in module.__dict__ and not isinstance(module, PreTrainedModel):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: a streamed layer's gradients flow without it, and it would pull the backward, and with it
+        every layer below the lowest trainable one, down to the embedding."""
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Streamed parameters, by the names that DDP's module gives them, with and without a `PeftModel` around."""
+        streamed = {id(parameter) for parameter in _runtime_of(self).streamed_parameters()}
+        names = [name for name, parameter in self.named_parameters() if id(parameter) in streamed]
+        return [prefix + name for prefix in ("", "base_model.model.") for name in names]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "torch.nn.DataParallel copies the model to every visible GPU and cannot stream it. Make one GPU visible "
+            "(CUDA_VISIBLE_DEVICES=0), or launch one process a GPU (accelerate launch, torchrun)"
+        )
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise TypeError(COPY_MESSAGE)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(COPY_MESSAGE)
+
+
+class _Runtime:
+    """What a wrapped language model owns.
+
+    Args:
+        plain_class: The model's own class.
+        layers: Its proxied layers, in order.
+        streamer: Their weights.
+        config: The user's choices.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, layers: list[ProxyState], streamer: LayerStreamer, config: LemaConfig
+    ) -> None:
+        self.plain_class = type(lm)
+        self.layers = layers
+        self.streamer = streamer  # owned
+        self.config = config
+        self.budget: VramBudget | None = None
+        self._lm_buffers_and_parameters: Callable[[], Iterator[torch.Tensor]] = lambda: iter(
+            [*lm.parameters(), *lm.buffers()]
+        )
+
+    def start_budget(self) -> None:
+        """Sets the VRAM budget, once everything that is not streamed has been placed."""
+        streamed = {id(parameter) for parameter in self.streamed_parameters()}
+        other_bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in self._lm_buffers_and_parameters()
+            if id(tensor) not in streamed
+        )
+        try:
+            self.budget = VramBudget(self.config, self.streamer, other_bytes)
+        except ValueError:
+            self.streamer.close()
+            raise
+        self.layers[0].on_sweep = self._on_sweep
+
+    def _on_sweep(self, num_tokens: int) -> None:
+        assert self.budget is not None
+        self.budget.before_training_step(num_tokens)
+
+    def streamed_parameters(self) -> list[torch.Tensor]:
+        """Every registered tensor that is at rest on the host."""
+        return [state.registered(tensor) for state in self.layers for tensor in state.streamed]
+
+
+def _assemble(
+    lm: PreTrainedModel,
+    layers: list[nn.Module],
+    places: dict[int, Any],
+    streamer: LayerStreamer,
+    config: LemaConfig,
+) -> None:
+    states = [ProxyState(i, layer, streamer, places.get(i, ())) for i, layer in enumerate(layers)]
+    lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config)
+    for state in states:
+        graft_layer(state)
+        install_merge_hooks(state)
+    lm.__class__ = _wrapped_class(type(lm))
+
+
+@functools.cache
+def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    body = {
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+        # A call of the class builds a plain model, as some of transformers' code does with ``type(model)(config)``.
+        "__new__": lambda cls, *args, **kwargs: object.__new__(plain_class),
+        "__init__": plain_class.__init__,
+    }
+    return type(plain_class.__name__, (LemaModelWrapper, plain_class), body)
+
+
+def _runtime_of(lm: Any) -> _Runtime:
+    runtime: _Runtime = lm.__dict__["_lema_runtime"]
+    return runtime
+
+
+def _find_wrapped(model: nn.Module) -> Any | None:
+    return next((module for module in model.modules() if isinstance(module, LemaModelWrapper)), None)
+
+
+def find_streamer(model: nn.Module) -> LayerStreamer | None:
+    """The runtime behind a model, through ``PeftModel``, DDP or any other module around it; None if there is none."""
+    lm = _find_wrapped(model)
+    return None if lm is None else _runtime_of(lm).streamer
+
+
+def get_streamer(model: nn.Module) -> LayerStreamer:
+    """The runtime of a wrapped model, or of a ``PeftModel`` or DDP module around one.
+
+    Raises:
+        ValueError: The model is not wrapped.
+    """
+    streamer = find_streamer(model)
+    if streamer is None:
+        raise ValueError("the model is not wrapped; call LemaModelWrapper.wrap(model) first")
+    return streamer
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    if _find_wrapped(model) is not None:
+        raise RuntimeError("the model is wrapped already; LemaModelWrapper.unwrap(model) gives the plain model back")
+    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(lm, PreTrainedModel):
+        raise ValueError(f"expected a transformers model or a PeftModel around one, got {type(model).__name__}")
+    return lm
+
+
+def _refuse_unfit(lm: PreTrainedModel) -> None:
+    if any(isinstance(module, LayerProxy) for module in lm.modules()):
+        raise RuntimeError("some layers of this model are wrapped already")
+    quantizer = getattr(lm, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ValueError(
+            f"the model is quantized ({type(quantizer).__name__}) and its layers cannot be streamed as they are; wrap "
+            "the full-precision model"
+        )
+    if getattr(lm, "hf_device_map", None) is not None and len(set(lm.hf_device_map.values())) > 1:  # type: ignore[arg-type]
+        raise ValueError(
+            f"accelerate has spread this model over {sorted(map(str, set(lm.hf_device_map.values())))}; load it "  # type: ignore[arg-type]
+            "without device_map, or with LemaModelWrapper.from_pretrained"
+        )
+    meta = [name for name, parameter in lm.named_parameters() if parameter.is_meta]
+    if meta:
+        raise ValueError(
+            f"{len(meta)} parameters have no data (meta device), first {meta[0]}; load the weights, or use "
+            "LemaModelWrapper.from_pretrained"
+        )
+
+
+def _refuse_bf16_without_hardware(lm: PreTrainedModel, device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return
+    if any(parameter.dtype == torch.bfloat16 for parameter in lm.parameters()):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"the model is in bfloat16, which {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) "
+            "only emulates; load it with dtype=torch.float16 and train with fp16=True"
+        )
+
+
+def _resolve_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    if resolved.type not in ("cuda", "cpu"):
+        raise ValueError(f"layers can compute on a CUDA device or the CPU, got {resolved}")
+    return resolved
