@@ -39,9 +39,26 @@ class NullEvent:
         pass
 
 
+class DeviceEvent:
+    """A CUDA event on the current stream of its own device, whichever device is the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event()
+
+    def record(self) -> None:
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        self._event.wait(torch.cuda.current_stream(self._device))
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
 def make_event(device: torch.device) -> Event:
     """A new event of the device."""
-    return torch.cuda.Event() if device.type == "cuda" else NullEvent()
+    return DeviceEvent(device) if device.type == "cuda" else NullEvent()
 
 
 class CopyStream:
@@ -74,20 +91,22 @@ class StreamWaitClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._measures = device.type == "cuda"
+        self._device = device
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._total_s = 0.0
 
     @contextmanager
     def around(self) -> Iterator[None]:
         """Times the waits that are put on the current stream inside the ``with`` block."""
-        if not self._measures:
+        if self._device.type != "cuda":
             yield
             return
+        self.total_s()  # keeps the queue short where nobody asks
+        stream = torch.cuda.current_stream(self._device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        begin.record(stream)
         yield
-        end.record()
+        end.record(stream)
         self._pending.append((begin, end))
 
     def total_s(self) -> float:

@@ -95,6 +95,11 @@ class HostStore(abc.ABC):
         """Page-locked bytes held."""
         return self._ring.pinned_bytes if self._ring is not None else 0
 
+    @property
+    def enqueues(self) -> bool:
+        """Whether `read_into` only enqueues work on the stream, and never blocks the host."""
+        return False
+
     @abc.abstractmethod
     def host_views(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """Name -> host tensor of true shape and dtype; see Note [one source of truth]."""
@@ -131,6 +136,8 @@ class HostStore(abc.ABC):
         """Fills ``out`` window by window: ``fill(begin, window)`` runs on the readers, copies follow in order."""
         assert self._readers is not None
         if self._ring is None:
+            # The readers write past torch; autograd must still see that the bytes are other ones (Note [slot views]).
+            torch.autograd.graph.increment_version(out)
             reads = [
                 self._readers.submit(fill, begin, out[begin : begin + WINDOW_BYTES])
                 for begin in range(0, out.numel(), WINDOW_BYTES)
@@ -184,6 +191,10 @@ class RamStore(HostStore):
     @property
     def pinned_bytes(self) -> int:
         return self._slab.pinned_bytes + super().pinned_bytes
+
+    @property
+    def enqueues(self) -> bool:
+        return self._slab.pinned_bytes > 0
 
     @property
     def slab_bytes(self) -> int:

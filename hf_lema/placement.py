@@ -22,7 +22,8 @@ from hf_lema.host_memory import available_host_bytes
 from hf_lema.host_store import DiskStore, HostStore, RamStore
 from hf_lema.layer_proxy import StreamedTensor
 from hf_lema.layout import LayerLayout, make_layout
-from hf_lema.loading import CheckpointSource
+from hf_lema.packing import cached_pack
+from hf_lema.source import CheckpointSource
 from hf_lema.units import GIB, format_bytes
 
 RAM_HEAD_ROOM_BYTES = GIB
@@ -112,9 +113,7 @@ def choose_store(
             f"{format_bytes(needed_bytes)}. Use LemaModelWrapper.from_pretrained, which streams them from their files"
         )
     ring_bytes = {} if budget_bytes is None else {"max_ring_bytes": max(0, budget_bytes // 2)}
-    spans = source.spans
-    if spans is None:
-        spans = packed_spans(source)
+    spans = cached_pack(source).spans if source.spans is None else source.spans
     return DiskStore(layouts, dict(zip(layouts, spans, strict=True)), device, **ring_bytes)
 
 
@@ -149,6 +148,7 @@ def fill_from_checkpoint(
             for load in tqdm(loads, desc="Loading layers", delay=2, leave=False):
                 load.result()
         store.seal()
+    source.close()
     places = {}
     for layer_idx in store.layouts:
         views = store.host_views(layer_idx)

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hf_lema.replay import AutocastState, RandomState
 from hf_lema.schedule import Direction
@@ -108,6 +109,7 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, visit: Visit, hidden: torch.Tensor, *trainables: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.visit = visit
+        ctx.set_materialize_grads(False)  # an output that nobody used must give no gradient, not zeros
         ctx.save_for_backward(hidden, *trainables)
         with visit.layer.weights(Direction.FORWARD, expect_backward=True):
             outputs = visit.run(hidden, tuple(t.detach() for t in trainables))
@@ -115,6 +117,7 @@ class Recompute(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         visit: Visit = ctx.visit
         hidden, *trainables = ctx.saved_tensors

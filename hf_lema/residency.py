@@ -10,7 +10,12 @@ over the depth. A batch with more tokens than any before it sends them all back 
 
 from __future__ import annotations
 
+import logging
+import warnings
+import weakref
+
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_lema.config import LemaConfig
 from hf_lema.schedule import spread_evenly
@@ -21,8 +26,10 @@ HEAD_ROOM_BYTES = GIB // 2
 """Left free under ``"auto"``: what the CUDA context, cuBLAS workspaces and fragmentation took beyond the allocator's
 own count on an H100 was below 0.4 GiB."""
 
-_NUM_MEASURED_STEPS = 2
-"""Steps before a peak counts: the optimizer allocates its state at the end of the first."""
+_NUM_MEASURED_UPDATES = 2
+"""Optimizer steps before the reserved memory counts: the optimizer allocates its state at the end of the first."""
+
+logger = logging.getLogger(__name__)
 
 
 def free_vram_bytes(device: torch.device) -> int:
@@ -47,8 +54,9 @@ class VramBudget:
 
     def __init__(self, config: LemaConfig, streamer: LayerStreamer, other_bytes: int) -> None:
         self._streamer = streamer
-        self._num_steps = 0
+        self._num_updates = 0
         self._max_tokens = 0
+        self._measured = False
         slots_bytes = streamer.layer_bytes * streamer.num_slots
         minimum_bytes = other_bytes + slots_bytes
         self.budget_bytes = self._budget(config, streamer.device, minimum_bytes)
@@ -69,6 +77,18 @@ class VramBudget:
             return None
         return free_vram_bytes(device) + torch.cuda.memory_allocated(device) - HEAD_ROOM_BYTES
 
+    def start(self) -> None:
+        """Begins to count optimizer steps, where there is a budget to fill."""
+        if self.budget_bytes is not None and self._streamer.device.type == "cuda":
+            budget = weakref.ref(self)
+
+            def count(*_: object) -> None:
+                if (alive := budget()) is not None:
+                    alive._num_updates += 1
+
+            handle = register_optimizer_step_post_hook(count)
+            weakref.finalize(self, handle.remove)
+
     def before_training_step(self, num_tokens: int) -> None:
         """A training forward begins. Called before its first layer, when no visit is under way.
 
@@ -78,17 +98,28 @@ class VramBudget:
         if self.budget_bytes is None or self._streamer.device.type != "cuda":
             return
         if num_tokens > self._max_tokens:
-            self._max_tokens, self._num_steps = num_tokens, 0
+            self._max_tokens, self._num_updates, self._measured = num_tokens, 0, False
             self._streamer.set_resident(())
             # Reserved memory then grows back to what the step needs; rare, and never inside a step.
             torch.cuda.empty_cache()
-        self._num_steps += 1
-        if self._num_steps == _NUM_MEASURED_STEPS + 1:
-            self._fill(torch.cuda.memory_reserved(self._streamer.device))
+        if not self._measured and self._num_updates >= _NUM_MEASURED_UPDATES:
+            self._measured = True
+            self._fill(self.budget_bytes, torch.cuda.memory_reserved(self._streamer.device))
 
-    def _fill(self, reserved_bytes: int) -> None:
-        assert self.budget_bytes is not None
+    def _fill(self, budget_bytes: int, reserved_bytes: int) -> None:
         layers = self._streamer.streamable_layers
-        spare = max(0, self.budget_bytes - reserved_bytes) // max(1, self._streamer.layer_bytes)
-        chosen = spread_evenly(min(spare, len(layers)), len(layers))
-        self._streamer.set_resident([layers[i] for i in chosen])
+        spare_bytes = budget_bytes - reserved_bytes
+        if spare_bytes < 0:
+            warnings.warn(
+                f"a step of {self._max_tokens} tokens takes {format_bytes(reserved_bytes)} of VRAM with every layer "
+                f"streamed, more than the budget of {format_bytes(budget_bytes)}. Use a smaller batch or shorter sequences",
+                stacklevel=2,
+            )
+        num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))
+        self._streamer.set_resident([layers[i] for i in spread_evenly(num_resident, len(layers))])
+        if num_resident == len(layers) > 0:
+            logger.warning(
+                "the VRAM budget of %s holds every layer: nothing is streamed any more. Stock PEFT without hf_lema "
+                "trains this job as well",
+                format_bytes(budget_bytes),
+            )

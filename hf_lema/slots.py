@@ -83,9 +83,10 @@ class Slot:
         """The layer's tensors as parameters that need no gradient; see Note [slot views]."""
         key = layout.tensors
         if key not in self._views:
-            self._views[key] = {
-                name: nn.Parameter(view, requires_grad=False) for name, view in layout.views(self.buffer).items()
-            }
+            with torch.inference_mode(False):  # made in an evaluation, they must still serve training
+                self._views[key] = {
+                    name: nn.Parameter(view, requires_grad=False) for name, view in layout.views(self.buffer).items()
+                }
         return self._views[key]
 
 

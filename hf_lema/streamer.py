@@ -7,6 +7,7 @@ Knows nothing of transformers or peft.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,11 +63,15 @@ class LayerStreamer:
         self._residents: dict[int, _Resident] = {}
         self._schedule = Schedule(self.streamable_layers)
         self._lowest: int | None = None
+        self._final_stats: StreamerStats | None = None
         self._wait_clock = StreamWaitClock(device)
         self._prefetcher: Prefetcher | None = None  # owned
         if self.streamable_layers:
             pool = SlotPool(num_slots, self.layer_bytes, device)
             self._prefetcher = Prefetcher(pool, store, device)
+        # A model that is dropped without close() must not leave its thread and page-locked memory behind.
+        self._finalizer = weakref.finalize(self, _close_parts, self._prefetcher, store, self._owner_pid)
+        self._finalizer.atexit = False
 
     @property
     def resident_layers(self) -> tuple[int, ...]:
@@ -93,7 +98,9 @@ class LayerStreamer:
         return transfers_per_step(self._schedule.layers, self.num_layers, self.num_slots, lowest)
 
     def stats(self) -> StreamerStats:
-        """A snapshot of the counters."""
+        """A snapshot of the counters; after `close`, the last one."""
+        if self._final_stats is not None:
+            return self._final_stats
         prefetcher = self._prefetcher
         return StreamerStats(
             num_hits=prefetcher.num_hits if prefetcher else 0,
@@ -138,19 +145,18 @@ class LayerStreamer:
             raise RuntimeError("a wrapped model cannot run in a forked child process; wrap it in the child")
         if direction is Direction.FORWARD:
             self._note_turn(layer_idx, expect_backward)
-            if layer_idx == 0 and self._prefetcher is not None:
-                self._prefetcher.recover()
         layout = self.host_store.layouts.get(layer_idx)
         if layout is None:
             yield {}
             return
-        assert self._prefetcher is not None
+        prefetcher = self._prefetcher
+        assert prefetcher is not None
         resident = self._residents.get(layer_idx)
         if resident is not None and resident.slot is not None:
             yield resident.slot.parameters(layout)
-            self._prefetcher.want(self._wanted_after(layer_idx, direction))
+            prefetcher.want(self._wanted_after(layer_idx, direction))
             return
-        slot = self._prefetcher.take(layer_idx)
+        slot = prefetcher.take(layer_idx)
         try:
             with self._wait_clock.around():
                 slot.ready_event.wait()
@@ -159,7 +165,7 @@ class LayerStreamer:
             yield slot.parameters(layout)
         finally:
             slot.released_event.record()
-            self._prefetcher.give_back(slot, self._wanted_after(layer_idx, direction))
+            prefetcher.give_back(slot, self._wanted_after(layer_idx, direction))
 
     def _note_turn(self, layer_idx: int, expect_backward: bool) -> None:
         """Learns the lowest layer of the coming backward: the first visit of a sweep that will be followed by one."""
@@ -187,13 +193,18 @@ class LayerStreamer:
         if self.closed or os.getpid() != self._owner_pid:
             return
         self.closed = True
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        self._final_stats = self.stats()
+        self._finalizer()
+        self._prefetcher = None
         self._residents.clear()
-        if self.device.type == "cuda":  # kernels may still read the slots
-            torch.cuda.current_stream(self.device).synchronize()
-        self.host_store.close()
+
+
+def _close_parts(prefetcher: Prefetcher | None, store: HostStore, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        return
+    if prefetcher is not None:
+        prefetcher.close()
+    store.close()
 
 
 class _Resident:
@@ -203,7 +214,8 @@ class _Resident:
         self.slot: Slot | None = None
 
     def keep(self, slot: Slot, nbytes: int) -> None:
-        own = Slot(-1, slot.buffer[:nbytes].clone())
+        with torch.inference_mode(False), torch.no_grad():
+            own = Slot(-1, slot.buffer[:nbytes].clone())
         own.move_to(SlotState.FILLING, slot.layer_idx)
         own.move_to(SlotState.READY, slot.layer_idx)
         self.slot = own

@@ -225,11 +225,8 @@ class _Runtime:
         except ValueError:
             self.streamer.close()
             raise
-        self.layers[0].on_sweep = self._on_sweep
-
-    def _on_sweep(self, num_tokens: int) -> None:
-        assert self.budget is not None
-        self.budget.before_training_step(num_tokens)
+        self.budget.start()
+        self.layers[0].on_sweep = self.budget.before_training_step
 
     def streamed_parameters(self) -> list[torch.Tensor]:
         """Every registered tensor that is at rest on the host."""

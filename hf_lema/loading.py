@@ -1,0 +1,256 @@
+"""A model from a checkpoint whose decoder layers stay on disk.
+
+Responsibility: building the model as ``AutoModelForCausalLM.from_pretrained`` builds it, with everything outside the
+decoder layers loaded and the layers' parameters on meta; finding the list of decoder layers in any model. Knows nothing
+of streams, slots or budgets.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_lema.checkpoint import CheckpointIndex
+from hf_lema.conversion import ConversionPlan, convert, plan_conversion, transformers_at_least
+from hf_lema.locating import ModelRequest, checkpoint_folder, load_config, model_on_meta, read_request
+from hf_lema.packing import cached_pack, pack_folder, write_pack
+from hf_lema.source import CheckpointSource, TensorReader
+
+__all__ = [
+    "CheckpointSource",
+    "Skeleton",
+    "build_skeleton",
+    "cached_pack",
+    "find_decoder_layers",
+    "pack_folder",
+    "write_pack",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model without its decoder layers' weights, and where these are.
+
+    Attributes:
+        model: In evaluation mode, nothing requires a gradient. Decoder layer parameters are on meta, with the shapes
+            and dtypes that they will have; everything else, buffers included, is on the device.
+        layers_path: Path of the list of decoder layers in the model, such as ``model.layers``.
+        source: The decoder layers' bytes. Whoever has the skeleton owns it and closes it.
+    """
+
+    model: PreTrainedModel
+    layers_path: str
+    source: CheckpointSource
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder layers of a transformers causal language model, or of a `PeftModel` around one.
+
+    It is the module list that has ``num_hidden_layers`` members, each a `GradientCheckpointingLayer` or of a class that
+    the model says must not be split.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Path of the list in the model, and the list.
+
+    Raises:
+        ValueError: There is no such list, or more than one; the message names the lists that were found.
+    """
+    config: Any = model.config
+    num_layers = config.get_text_config().num_hidden_layers
+    class_names = set(getattr(model, "_no_split_modules", None) or ())
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    found = {
+        path: layers
+        for path, layers in lists.items()
+        if len(layers) == num_layers
+        and all(
+            isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in class_names for layer in layers
+        )
+    }
+    if len(found) != 1:
+        among = found or lists
+        listed = "".join(
+            f"\n- {path}: {len(layers)} of {', '.join(sorted({type(layer).__name__ for layer in layers}))}"
+            for path, layers in among.items()
+        )
+        raise ValueError(
+            f"{type(model).__name__} has {'several lists' if found else 'no list'} of {num_layers} decoder layers "
+            f"(expected one module list of num_hidden_layers={num_layers} layers). Module lists found:"
+            f"{listed or ' none'}\nOnly causal language models with one stack of decoder layers can be streamed"
+        )
+    return next(iter(found.items()))
+
+
+def build_skeleton(
+    name_or_path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Skeleton:
+    """Build a causal language model with everything loaded but its decoder layers.
+
+    Args:
+        name_or_path: A folder with ``config.json`` and safetensors files, or the id of a model on the hub.
+        dtype: As for ``from_pretrained``; None and ``"auto"`` mean the checkpoint's own.
+        device: Where everything outside the decoder layers goes.
+        trust_remote_code: Whether to run model code that comes with the checkpoint.
+        **kwargs: What ``AutoModelForCausalLM.from_pretrained`` takes: ``config``, ``revision``, ``token``,
+            ``cache_dir``, ``local_files_only``, ``subfolder``, ``attn_implementation``, ``generation_config``,
+            ``key_mapping`` and values of the configuration. ``device_map``, quantization and other ways to place or
+            change weights are refused.
+
+    Returns:
+        The model and the source of its layers.
+
+    Raises:
+        ValueError: An argument that cannot be combined with streaming; a quantized checkpoint; a damaged one, or one
+            that lacks tensors of the model (all are named); no list of decoder layers.
+        FileNotFoundError: No safetensors file, or shards are missing.
+        OSError: As ``from_pretrained`` when a model cannot be found or fetched.
+    """
+    request = read_request(str(name_or_path), dtype, trust_remote_code, kwargs)
+    config, model_kwargs = load_config(request)
+    index = CheckpointIndex.open(checkpoint_folder(request))
+    wanted = _resolve_dtype(request, config, index)
+    model = model_on_meta(request, config, model_kwargs, wanted)
+    layers_path, layers = find_decoder_layers(model)
+    plan = plan_conversion(model, index.tensors, wanted, request.key_mapping)
+    if plan.unexpected:
+        logger.warning(
+            "%d tensors of the checkpoint %s are not used by %s: %s",
+            len(plan.unexpected),
+            request.name,
+            type(model).__name__,
+            ", ".join(plan.unexpected),
+        )
+    source = CheckpointSource(model, layers_path, index, plan, wanted)
+    try:
+        _set_layer_dtypes(layers, source)
+        _load_outside(model, layers_path, index, plan, torch.device(device))
+        model.requires_grad_(False)
+        model.eval()
+        if transformers_at_least("5"):
+            model.set_use_kernels(False)
+        _load_generation_config(model, request)
+    except BaseException:
+        source.close()
+        raise
+    return Skeleton(model=model, layers_path=layers_path, source=source)
+
+
+def _resolve_dtype(request: ModelRequest, config: Any, index: CheckpointIndex) -> torch.dtype:
+    """The asked dtype, else the config's, else that of the first floating tensor: ``from_pretrained``'s "auto"."""
+    wanted = request.dtype
+    if wanted is None or wanted == "auto":
+        wanted = config.dtype
+    if wanted is None:
+        floating = (location.dtype for location in index.tensors.values() if location.dtype.is_floating_point)
+        wanted = next(floating, torch.get_default_dtype())
+    if isinstance(wanted, str):
+        named = vars(torch).get(wanted.removeprefix("torch."))
+        if not isinstance(named, torch.dtype):
+            raise ValueError(
+                f"dtype {wanted!r} is no torch dtype: expected torch.float16, 'bfloat16', 'auto' or the like"
+            )
+        wanted = named
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point or wanted.itemsize < 2:
+        raise ValueError(f"dtype {wanted!r}: expected torch.float16, torch.bfloat16, torch.float32 or their names")
+    return wanted
+
+
+def _set_layer_dtypes(layers: nn.ModuleList, source: CheckpointSource) -> None:
+    """Give the parameters on meta the dtypes they will have: some modules stay in float32."""
+    for layer, layout in zip(layers, source.layouts, strict=True):
+        for spec in layout.tensors:
+            path, _, attribute = spec.name.rpartition(".")
+            owner = layer.get_submodule(path)
+            if getattr(owner, attribute).dtype != spec.dtype:
+                on_meta = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                owner.register_parameter(attribute, nn.Parameter(on_meta, requires_grad=False))
+
+
+def _load_outside(
+    model: PreTrainedModel, layers_path: str, index: CheckpointIndex, plan: ConversionPlan, device: torch.device
+) -> None:
+    """Load every parameter outside the decoder layers and every buffer, tie what is tied, see that nothing lacks."""
+    of_layer = re.compile(rf"{re.escape(layers_path)}\.\d+\.")
+    layer_parameters = {
+        name for name, _ in model.named_parameters(remove_duplicate=False) if of_layer.match(name) is not None
+    }
+    missing = set(model.state_dict()) - layer_parameters
+    reader = TensorReader(index)
+    with reader.files, torch.no_grad():
+        for group in plan.groups:
+            if group.target in layer_parameters:
+                continue
+            for name, tensor in convert(group, model, reader.read).items():
+                _place(model, name, tensor.to(device))
+                missing.discard(name)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    if transformers_at_least("5"):
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    else:  # may go with support for transformers 4
+        model.tie_weights()
+    placed = {name for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.is_meta}
+    lacking = sorted(name for name in missing - placed if name not in layer_parameters)
+    lacking += sorted(name for name, buffer in model.named_buffers() if buffer.is_meta and name not in lacking)
+    if lacking:
+        raise ValueError(
+            f"the checkpoint in {index.folder} lacks {len(lacking)} tensors of {type(model).__name__}: "
+            f"{', '.join(lacking)}. from_pretrained would fill them with random numbers: if that is what you want, do "
+            "it with transformers, save the model, and load the saved one"
+        )
+
+
+def _place(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    found = getattr(owner, attribute)
+    if found.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, expected {tuple(found.shape)}")
+    if attribute in owner._parameters:
+        owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+    else:
+        owner._buffers[attribute] = tensor
+
+
+def _load_generation_config(model: PreTrainedModel, request: ModelRequest) -> None:
+    """Load the generation config, and a custom generate function of trusted code, as ``from_pretrained`` does."""
+    if not model.can_generate():
+        return
+    hub: dict[str, Any] = dict.fromkeys(("cache_dir", "token"))
+    hub |= {"force_download": False, "proxies": None, "local_files_only": False, "revision": "main", "subfolder": ""}
+    hub |= request.hub
+    if transformers_at_least("5"):
+        generative: Any = model
+        generative.adjust_generation_fn(
+            request.generation_config, True, None, request.name, **hub, trust_remote_code=request.trust_remote_code
+        )
+        return
+    # May go with support for transformers 4.
+    if request.generation_config is not None:
+        model.generation_config = GenerationConfig.from_dict(request.generation_config.to_dict())
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(request.name, **hub)
+    except OSError:
+        logger.info("%s has no generation config, its model config is used", request.name)

@@ -1,0 +1,271 @@
+"""The decoder layers of a checkpoint, as the model registers them.
+
+Responsibility: one layout per layer, where a layer's bytes can be read in place, and how they are made where they
+cannot. Knows nothing of the model's other weights, of devices or of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lema.checkpoint import (
+    CheckpointIndex,
+    FileSet,
+    LayerLayout,
+    ReadSpan,
+    TensorLocation,
+    make_layout,
+    merge_spans,
+    read_spans_into,
+)
+from hf_lema.conversion import ConversionGroup, ConversionPlan, convert
+from hf_lema.pack import layouts_to_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TensorReader:
+    """Reads single tensors of a checkpoint. May be used from several threads at once."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self.files: FileSet = index.open_files()  # owned by whoever made the reader
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read a tensor into new CPU memory and cast it.
+
+        Args:
+            name: Its name in the checkpoint.
+            dtype: What it is cast to.
+
+        Raises:
+            ValueError: A finite value does not fit the dtype; the file was replaced or cut.
+        """
+        location = self.index.tensors[name]
+        memory = torch.empty(location.nbytes, dtype=torch.uint8)
+        self.files.pread_into(location.path, location.offset_bytes, memory.numpy().data)
+        return cast_checked(name, memory.view(location.dtype).view(location.shape), dtype)
+
+    def read_meta(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """What `read` would give, without its values: a tensor on the meta device."""
+        return torch.empty(self.index.tensors[name].shape, dtype=dtype, device="meta")
+
+
+def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast, and refuse where that would turn a finite value into an infinity.
+
+    Raises:
+        ValueError: Naming the tensor, its largest value and the largest of the dtype.
+    """
+    cast = tensor.to(dtype)
+    if not (tensor.dtype.is_floating_point and dtype.is_floating_point) or tensor.dtype == dtype:
+        return cast
+    if dtype.itemsize > 1 and not torch.isfinite(cast).all():
+        lost = torch.isfinite(tensor) & ~torch.isfinite(cast)
+        num_lost = int(lost.sum())
+        if num_lost:
+            largest = float(tensor[lost].abs().max())
+            raise ValueError(
+                f"tensor {name!r} holds {num_lost} values that do not fit {dtype}: up to {largest:.6g}, the largest of "
+                f"{dtype} is {torch.finfo(dtype).max:.6g}. Load the model in another dtype, such as torch.bfloat16"
+            )
+    return cast
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerTensors:
+    """What the checkpoint gives for one decoder layer: names relative to the layer."""
+
+    groups: tuple[ConversionGroup, ...]
+    tensors: Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+class CheckpointSource:
+    """The bytes of every decoder layer, from the checkpoint's files.
+
+    Attributes:
+        layouts: One for each decoder layer; names relative to the layer, shapes as the model registers them, dtypes as
+            they will be.
+        spans: For each layer what to read to fill a buffer of its layout; None where bytes must be converted first.
+        reason: Why spans is None; empty where it is not.
+        dtype: The dtype that the model is loaded in.
+        identity: A digest that changes when the checkpoint, or what is made of it, does.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers_path: str, index: CheckpointIndex, plan: ConversionPlan, dtype: torch.dtype
+    ) -> None:
+        """Lay the layers out; reads no tensor.
+
+        Args:
+            model: Decoder layers on meta.
+            layers_path: Path of the list of decoder layers in the model.
+            index: The checkpoint.
+            plan: Made for this model and checkpoint.
+            dtype: The dtype that the model is loaded in.
+
+        Raises:
+            ValueError: Tensors of decoder layers are missing from the checkpoint or have another shape; all are named.
+        """
+        self.dtype = dtype
+        self._reader = TensorReader(index)  # owned
+        # Conversions look shapes up in the model, whose layers will be wrapped or replaced: they get their own.
+        self._meta_model = _meta_copy(model) if plan.has_converters else model
+        self._prefix = layers_path + "."
+        layers = model.get_submodule(layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        found = _group_by_layer(self._meta_model, layers_path, len(layers), plan, self._reader)
+        _check_complete(layers, layers_path, found)
+        # In the order of the names, which is also the order of the data in the files that save_pretrained writes: the
+        # spans of a layer then merge to one or a few.
+        self.layouts: tuple[LayerLayout, ...] = tuple(
+            make_layout(layer_idx, dict(sorted(layer.tensors.items()))) for layer_idx, layer in enumerate(found)
+        )
+        self._groups = tuple(layer.groups for layer in found)
+        self.reason = self._why_not_in_place(index.tensors)
+        self.spans: tuple[tuple[ReadSpan, ...], ...] | None = None
+        if not self.reason:
+            self.spans = tuple(
+                self._layer_spans(layout, groups) for layout, groups in zip(self.layouts, self._groups, strict=True)
+            )
+        versions = [transformers.__version__] if plan.has_converters else []
+        parts = [index.identity(), layouts_to_json(self.layouts), *versions]
+        self.identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether bytes cannot be read in place."""
+        return self.spans is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layout.nbytes for layout in self.layouts)
+
+    def _why_not_in_place(self, stored: Mapping[str, TensorLocation]) -> str:
+        groups = [group for layer_groups in self._groups for group in layer_groups]
+        reasons = []
+        joined = [group.target for group in groups if group.converter is not None]
+        if joined:
+            reasons.append(f"transformers makes {len(joined)} tensors from others (first: {joined[0]})")
+        cast = [name for group in groups for name in group.sources if stored[name].dtype != group.cast_to]
+        if cast:
+            dtypes = sorted({str(stored[name].dtype) for name in cast})
+            reasons.append(f"{len(cast)} tensors are stored as {', '.join(dtypes)}, wanted is {self.dtype}")
+        return "; ".join(reasons)
+
+    def _layer_spans(self, layout: LayerLayout, groups: Sequence[ConversionGroup]) -> tuple[ReadSpan, ...]:
+        layer_prefix = f"{self._prefix}{layout.layer_idx}."
+        sources = {group.target.removeprefix(layer_prefix): group.sources[0] for group in groups}
+        spans = []
+        for spec in layout.tensors:
+            location = self._reader.index.tensors[sources[spec.name]]
+            spans.append(
+                ReadSpan(
+                    path=location.path,
+                    file_offset_bytes=location.offset_bytes,
+                    nbytes=location.nbytes,
+                    layer_offset_bytes=spec.offset_bytes,
+                )
+            )
+        return merge_spans(spans)
+
+    def write_layer(self, layer_idx: int, out: torch.Tensor) -> None:
+        """Fill a buffer with a layer, whether in place or by conversion. May be called from several threads.
+
+        Beyond ``out`` it holds the tensors of one conversion: the sources and the result of one joined tensor.
+
+        Args:
+            layer_idx: Which layer.
+            out: 1-D contiguous uint8 tensor on the CPU, at least ``layouts[layer_idx].nbytes`` long. Padding between
+                tensors is left as it is.
+
+        Raises:
+            ValueError: A finite value does not fit the dtype, a file was replaced or cut, or the buffer does not fit.
+            RuntimeError: The source is closed.
+        """
+        if self.spans is not None:
+            read_spans_into(self._reader.files, self.spans[layer_idx], out)
+            return
+        views = self.layouts[layer_idx].views(out)
+        layer_prefix = f"{self._prefix}{layer_idx}."
+        with torch.no_grad():
+            for group in self._groups[layer_idx]:
+                for target, tensor in convert(group, self._meta_model, self._reader.read).items():
+                    name = target.removeprefix(layer_prefix)
+                    if name in views:
+                        views[name].copy_(tensor)
+
+    def close(self) -> None:
+        """Close the files. May be called any number of times."""
+        self._reader.files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same modules whose tensors are all on meta."""
+    on_meta = {id(tensor): tensor.to("meta") for tensor in model.buffers()}
+    return copy.deepcopy(model, on_meta)
+
+
+def _group_by_layer(
+    model: PreTrainedModel, layers_path: str, num_layers: int, plan: ConversionPlan, reader: TensorReader
+) -> list[_LayerTensors]:
+    """Sort the plan's groups by decoder layer; what converters make is found by running them on meta tensors."""
+    of_layer = re.compile(rf"{re.escape(layers_path)}\.(\d+)\.(.+)")
+    groups: list[list[ConversionGroup]] = [[] for _ in range(num_layers)]
+    tensors: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(num_layers)]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for group in plan.groups:
+        match = of_layer.fullmatch(group.target)
+        if match is None or int(match[1]) >= num_layers:
+            continue
+        layer_idx = int(match[1])
+        made = {name: tensor for name, tensor in convert(group, model, reader.read_meta).items() if name in parameters}
+        if made:
+            groups[layer_idx].append(group)
+        for name, tensor in made.items():
+            tensors[layer_idx][name.removeprefix(f"{layers_path}.{layer_idx}.")] = (tensor.shape, tensor.dtype)
+    return [
+        _LayerTensors(groups=tuple(layer_groups), tensors=layer_tensors)
+        for layer_groups, layer_tensors in zip(groups, tensors, strict=True)
+    ]
+
+
+def _check_complete(layers: nn.ModuleList, layers_path: str, found: Sequence[_LayerTensors]) -> None:
+    """Every parameter of every layer must come from the checkpoint, in its own shape."""
+    problems = []
+    for layer_idx, layer in enumerate(layers):
+        tensors = found[layer_idx].tensors
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            full_name = f"{layers_path}.{layer_idx}.{name}"
+            if name not in tensors:
+                problems.append(f"{full_name} is missing from the checkpoint")
+            elif tensors[name][0] != parameter.shape:
+                stored = tuple(tensors[name][0])
+                problems.append(f"{full_name} has shape {stored} in the checkpoint, expected {tuple(parameter.shape)}")
+    if problems:
+        listed = "".join(f"\n- {problem}" for problem in problems)
+        raise ValueError(
+            f"the checkpoint does not fit the model's {len(layers)} decoder layers:{listed}\nIs its config.json the "
+            "one that it was saved with?"
+        )
