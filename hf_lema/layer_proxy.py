@@ -46,6 +46,16 @@ class LayerProxy(nn.Module):
 
     _lema: ProxyState
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Always False, whoever sets it: the layer recomputes in any case, and a second recompute around it would
+        double the bytes."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        pass
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # `.to(device)` moves what is registered; streamed tensors stay on the host.
         with self._lema.streamed_tensors_hidden():
@@ -90,6 +100,7 @@ class ProxyState:
         self.on_sweep: Callable[[int], None] | None = None
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
         self._argument_names = list(inspect.signature(self.plain_class.forward).parameters)[1:]
+        self._versions = [self.registered(t)._version for t in streamed]
         self._modules: list[nn.Module] = []
         self._signature: list[int] | None = None
         self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
@@ -153,7 +164,8 @@ class ProxyState:
         """Takes over what was done to the layer since its last visit.
 
         A streamed tensor whose data was replaced (PiSSA, a merge with ``safe_merge``, an upcast) is copied back into
-        the store and its slots are forgotten. One that was unfrozen becomes resident before training has begun.
+        the store and its slots are forgotten; one that was written to in place (``load_state_dict``) likewise. A write
+        through ``.data`` that no version counter shows is not seen. One that was unfrozen becomes resident before training has begun.
 
         Raises:
             RuntimeError: A streamed tensor was unfrozen after training began.
@@ -163,8 +175,12 @@ class ProxyState:
         if promoted:
             self._promote(promoted)
         changed = [t for t in self.streamed if self.registered(t).data_ptr() != self.host_views[t.name].data_ptr()]
+        versions = [self.registered(t)._version for t in self.streamed]
         if changed:
             self.take_over(changed)
+        elif versions != self._versions:
+            self.streamer.invalidate(self.layer_idx)
+        self._versions = versions
 
     def take_over(self, changed: list[StreamedTensor]) -> None:
         """Copies replaced tensors into the store and registers the store's memory again."""
@@ -219,10 +235,10 @@ class ProxyState:
         if not (torch.is_grad_enabled() and (trainables or hidden.requires_grad)):
             with self.weights(Direction.FORWARD):
                 return self.call_plain(*args, **kwargs)
-        kwargs = self._without_cache(kwargs)
-        self._refuse_lost_gradients(args[1:], kwargs)
+        others, kwargs = self._without_cache(args[1:], kwargs)
+        self._refuse_lost_gradients(others, kwargs)
         slots = [(registry, name) for registry, name, _ in trainables]
-        visit = Visit(self, args[1:], kwargs, slots, self.streamer.device)
+        visit = Visit(self, others, kwargs, slots, self.streamer.device)
         outputs = Recompute.apply(visit, hidden, *(parameter for _, _, parameter in trainables))
         return visit.rebuild(outputs)
 
@@ -236,26 +252,32 @@ class ProxyState:
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
 
-    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _named(self, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
+        """Positional arguments after the hidden states, with the names that the layer's forward gives them."""
+        return list(zip([*self._argument_names[1:], *(["*args"] * len(args))], args, strict=False))
+
+    def _without_cache(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Drops the KV cache while gradients are on: the recompute would append to it a second time.
 
         Raises:
             ValueError: The cache already holds tokens, so that leaving it out would change the numbers.
         """
-        kept = dict(kwargs)
-        for name in _CACHE_ARGUMENTS:
-            cache = kept.get(name)
-            if cache is None:
-                continue
-            if cache.get_seq_length(self.layer_idx) > 0:
-                raise ValueError(
-                    f"layer {self.layer_idx}: {name} already holds {cache.get_seq_length(self.layer_idx)} tokens while "
-                    "gradients are on; train on the whole sequence, or run under torch.no_grad()"
-                )
-            kept[name] = None
-        if kept.get("use_cache"):
-            kept["use_cache"] = False
-        return kept
+        kept_args = tuple(self._dropped(name, value) for name, value in self._named(args))
+        return kept_args, {name: self._dropped(name, value) for name, value in kwargs.items()}
+
+    def _dropped(self, name: str, value: Any) -> Any:
+        if name == "use_cache":
+            return False
+        if name not in _CACHE_ARGUMENTS or value is None:
+            return value
+        if value.get_seq_length(self.layer_idx) > 0:
+            raise ValueError(
+                f"layer {self.layer_idx}: {name} already holds {value.get_seq_length(self.layer_idx)} tokens while "
+                "gradients are on; train on the whole sequence, or run under torch.no_grad()"
+            )
+        return None
 
     def _refuse_lost_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         flags = [name for name in _LOSING_FLAGS if kwargs.get(name)]
@@ -264,7 +286,7 @@ class ProxyState:
                 f"layer {self.layer_idx}: {flags} asks for outputs of inner modules, which would be handed out without "
                 "their gradient; turn them off while training (evaluation under torch.no_grad() may use them)"
             )
-        named = [*zip([*self._argument_names[1:], *(["*args"] * len(args))], args, strict=False), *kwargs.items()]
+        named = [*self._named(args), *kwargs.items()]
         lost = [name for name, value in named if any(t.requires_grad for t in tensors_in(value))]
         if lost:
             raise ValueError(

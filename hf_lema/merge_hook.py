@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
 
@@ -27,20 +28,26 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
     def __init__(self, state: ProxyState, tensors: list[StreamedTensor]) -> None:
         super().__init__(execution_device=state.streamer.device, offload=True)
         self.weights_map = None
+        self.original_devices: dict[str, torch.device] = {}
         self._state = state
         self._tensors = tensors
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Puts the tensors on the device."""
-        for tensor in self._tensors:
+        for tensor in self._at_rest():
             parameter = self._state.registered(tensor)
             parameter.data = parameter.data.to(self._state.streamer.device, copy=True)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Takes the tensors back to the host."""
-        self._state.take_over(self._tensors)
+        self._state.take_over(self._at_rest())
+        self.weights_map = None  # PEFT leaves copies of the merged weights there
         return output
+
+    def _at_rest(self) -> list[StreamedTensor]:
+        """The module's tensors that are still streamed: one that was unfrozen lives on the device."""
+        return [tensor for tensor in self._tensors if tensor in self._state.streamed]
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Nothing was attached."""
@@ -58,7 +65,8 @@ def install_merge_hooks(state: ProxyState) -> None:
 
 def remove_merge_hooks(state: ProxyState) -> None:
     """Takes the hooks away."""
-    for tensor in state.streamed:
-        tensor.owner.__dict__.pop("_hf_hook", None)
+    for module in state.layer.modules():
+        if isinstance(module.__dict__.get("_hf_hook"), MergeHook):
+            del module.__dict__["_hf_hook"]
 
 

@@ -120,7 +120,7 @@ def _draw_curve(
         color=_colour(idx),
         linestyle=_LINE_STYLES[idx % len(_LINE_STYLES)] if x else "none",
         linewidth=linewidth,
-        marker=_MARKERS[idx % len(_MARKERS)],
+        marker=_MARKERS[idx % len(_MARKERS)] if x else "none",
         # Each curve's markers begin elsewhere, so that those of equal curves do not hide each other.
         markevery=(idx * num_points_per_marker // 4 % num_points_per_marker, num_points_per_marker),
         markersize=5,
@@ -129,6 +129,8 @@ def _draw_curve(
 
 def _draw_step_time(axes: Axes, results: Sequence[ContenderResult]) -> bool:
     timed = [(idx, result) for idx, result in enumerate(results) if result.timed_step_s]
+    if not timed:
+        return False
     labels = []
     for row, (idx, result) in enumerate(timed):
         times_s, label = result.timed_step_s, _label(result)
@@ -148,7 +150,7 @@ def _draw_step_time(axes: Axes, results: Sequence[ContenderResult]) -> bool:
     axes.set_title("Step time after the warm-up: a dot for each step, a bar at the median")
     axes.set_xlabel("Step time (s); the spread is the interquartile range")
     axes.grid(axis="x", alpha=0.3)
-    return bool(timed)
+    return True
 
 
 def _colour(idx: int) -> str:

@@ -208,6 +208,10 @@ class CheckpointSource:
                     if name in views:
                         views[name].copy_(tensor)
 
+    def open_files(self) -> FileSet:
+        """Give a new set of the checkpoint's files to read `spans` from. The caller owns it."""
+        return self._reader.index.open_files()
+
     def close(self) -> None:
         """Close the files. May be called any number of times."""
         self._reader.files.close()

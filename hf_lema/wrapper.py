@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_lema.config import LemaConfig
 from hf_lema.layer_proxy import COPY_MESSAGE, LayerProxy, ProxyState, graft_layer, ungraft_layer
+from hf_lema.loss import ChunkedLoss
 from hf_lema.loading import build_skeleton, find_decoder_layers
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_model, streamed_tensors
@@ -159,13 +160,6 @@ class LemaModelWrapper(nn.Module):
                 )
         return super()._apply(fn, recurse)
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        # Absorbed: a streamed layer recomputes in any case, and a second recompute around it would double the bytes.
-        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
-        for module in self.modules():
-            if "gradient_checkpointing" in module.__dict__ and not isinstance(module, PreTrainedModel):
-                module.gradient_checkpointing = False  # type: ignore[assignment]
-
     def enable_input_require_grads(self) -> None:
         """Does nothing: a streamed layer's gradients flow without it, and it would pull the backward, and with it
         every layer below the lowest trainable one, down to the embedding."""
@@ -208,6 +202,7 @@ class _Runtime:
         self.streamer = streamer  # owned
         self.config = config
         self.budget: VramBudget | None = None
+        self.loss = ChunkedLoss(lm, self.plain_class.forward)
         self._lm_buffers_and_parameters: Callable[[], Iterator[torch.Tensor]] = lambda: iter(
             [*lm.parameters(), *lm.buffers()]
         )
@@ -250,12 +245,17 @@ def _assemble(
 
 @functools.cache
 def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+
+    @functools.wraps(plain_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _runtime_of(self).loss.forward(*args, **kwargs)
+
     body = {
+        "forward": forward,
         "__module__": plain_class.__module__,
         "__qualname__": plain_class.__qualname__,
         # A call of the class builds a plain model, as some of transformers' code does with ``type(model)(config)``.
-        "__new__": lambda cls, *args, **kwargs: object.__new__(plain_class),
-        "__init__": plain_class.__init__,
+        "__new__": lambda cls, *args, **kwargs: plain_class(*args, **kwargs),
     }
     return type(plain_class.__name__, (LemaModelWrapper, plain_class), body)
 

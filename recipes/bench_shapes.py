@@ -1,0 +1,146 @@
+"""Named model shapes and their random checkpoints, written tensor by tensor so that none needs to fit in memory.
+
+Knows transformers' Llama configuration and safetensors. Does not know training.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from training import DTYPES
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+MAX_SHARD_BYTES = 2 * 10**9
+INITIAL_STD = 0.02
+FREE_DISK_MARGIN_BYTES = 10**9
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "llama-2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+    },
+}
+
+
+def shape_config(shape: str, num_layers: int | None) -> LlamaConfig:
+    """The configuration of a named shape, with fewer or more layers where asked."""
+    fields = SHAPES[shape] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    return LlamaConfig(**fields, rms_norm_eps=1e-5)
+
+
+def meta_model(config: LlamaConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model's skeleton: modules and parameters without data."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def ensure_checkpoint(
+    shape: str, num_layers: int | None, precision: str, folder: Path, device: torch.device, seed: int = 0
+) -> Path:
+    """The folder of the shape's random checkpoint, written first where it is not there.
+
+    Weights are normal with standard deviation 0.02, norms are one. They are drawn on the device.
+
+    Args:
+        shape: A key of ``SHAPES``.
+        num_layers: Other than the shape's own, or None.
+        precision: A key of ``training.DTYPES``.
+        folder: Parent of the checkpoint's folder.
+        device: Where the numbers are drawn.
+        seed: Of the numbers.
+
+    Raises:
+        ValueError: The disk has too little room.
+    """
+    depth = "" if num_layers is None else f"-{num_layers}-layers"
+    target = folder / f"{shape}{depth}-{precision}"
+    if target.is_dir():
+        return target
+    config, dtype = shape_config(shape, num_layers), DTYPES[precision]
+    model = meta_model(config, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    needed_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes + FREE_DISK_MARGIN_BYTES:
+        raise ValueError(f"{shape} in {precision} takes {needed_bytes} bytes on disk, but {free_bytes} are free there")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder))
+    try:
+        _write_shards(model, temporary, dtype, device, seed)
+        model.config.save_pretrained(temporary)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return target
+
+
+def _write_shards(model: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    generator = torch.Generator(device).manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = total_bytes = 0
+
+    def close_shard() -> None:
+        nonlocal shard, shard_bytes
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard, shard_bytes = {}, 0
+
+    for name, parameter in model.named_parameters():
+        value = torch.ones(parameter.shape, dtype=dtype)
+        if parameter.dim() > 1:
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            value = value.normal_(0.0, INITIAL_STD, generator=generator).to("cpu")
+        if shard and shard_bytes + value.nbytes > MAX_SHARD_BYTES:
+            close_shard()
+        shard[name] = value
+        shard_bytes += value.nbytes
+        total_bytes += value.nbytes
+    close_shard()
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The shards of a checkpoint, in order."""
+    return sorted(folder.glob("*.safetensors"))

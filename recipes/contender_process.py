@@ -1,0 +1,155 @@
+"""Starts one contender in its own process, follows it, and turns whatever happens to it into a result.
+
+Knows processes and the contender's protocol (a task file, progress lines, a result file). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_lema.report import ContenderResult
+
+PROGRESS_MARK = "@progress "
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|MemoryError|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC"
+)
+ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b")
+MAX_REASON_CHARS = 300
+KILL_WAIT_S = 10.0
+
+Progress = Callable[[int, float, float], None]
+"""Called with steps done, loss, and seconds of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A contender's result, whether it finished or not.
+
+    Attributes:
+        result: The row of the table.
+        details: Further figures, empty unless it finished.
+        environment: Of its process, empty unless it finished.
+        wall_s: From the start of the process to its end.
+    """
+
+    result: ContenderResult
+    details: dict[str, Any]
+    environment: dict[str, Any]
+    wall_s: float
+
+
+def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float) -> Outcome:
+    """Runs ``contender.py`` on a task and waits for it.
+
+    Args:
+        task: The fields of ``contender.Task``; ``folder`` exists and is empty.
+        on_progress: Told of each step.
+        limit_s: After so many seconds the process is killed.
+    """
+    folder = Path(task["folder"])
+    task_path = folder / "task.json"
+    task_path.write_text(json.dumps(task), encoding="utf-8")
+    command = [sys.executable, str(Path(__file__).with_name("contender.py")), str(task_path)]
+    start_s = time.perf_counter()
+    was_late = threading.Event()
+    losses: list[float] = []
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=_environment(task),
+        )
+        watchdog = threading.Timer(limit_s, _kill_late, (process, was_late))
+        watchdog.start()
+        try:
+            _follow(process, log, losses, on_progress)
+        finally:
+            watchdog.cancel()
+            process.kill()  # does nothing to a process that has ended
+            process.wait(KILL_WAIT_S)
+    wall_s = time.perf_counter() - start_s
+    result_path = folder / "result.json"
+    if process.returncode == 0 and result_path.is_file():
+        written = json.loads(result_path.read_text(encoding="utf-8"))
+        result = ContenderResult.from_json(written["result"])
+        return Outcome(result=result, details=written["details"], environment=written["environment"], wall_s=wall_s)
+    text = (folder / "log.txt").read_text(encoding="utf-8")
+    late = f"it was stopped after {limit_s:.0f} s" if was_late.is_set() else None
+    result = failed_result(task["name"], process.returncode, text, losses, late)
+    return Outcome(result=result, details={}, environment={}, wall_s=wall_s)
+
+
+def _kill_late(process: subprocess.Popen[str], was_late: threading.Event) -> None:
+    was_late.set()
+    process.kill()
+
+
+def _environment(task: dict[str, Any]) -> dict[str, str]:
+    """One visible GPU: with two, Trainer would wrap the model in DataParallel."""
+    environment = dict(os.environ)
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment["CUDA_VISIBLE_DEVICES"] = visible if task["device"] == "cuda" else ""
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    return environment
+
+
+def _follow(process: subprocess.Popen[str], log: Any, losses: list[float], on_progress: Progress) -> None:
+    assert process.stdout is not None, "started with a pipe"
+    for line in process.stdout:
+        log.write(line)
+        log.flush()
+        if line.startswith(PROGRESS_MARK):
+            figures = json.loads(line.removeprefix(PROGRESS_MARK))
+            losses.append(float(figures["loss"]))
+            on_progress(figures["num_steps_done"], losses[-1], figures["elapsed_s"])
+    process.wait()
+
+
+def failed_result(
+    name: str, return_code: int, log_text: str, losses: list[float], late: str | None = None
+) -> ContenderResult:
+    """The row of a contender that did not finish: why, and how far it came.
+
+    Args:
+        name: The contender.
+        return_code: Of its process; negative is the number of the signal that ended it.
+        log_text: Everything that it printed.
+        losses: Of the steps that it did.
+        late: Why it was stopped from outside, if it was.
+    """
+    lines = [line.strip() for line in log_text.splitlines() if line.strip()]
+    error = next((line for line in reversed(lines) if ERROR_LINE.match(line)), lines[-1] if lines else "no output")
+    is_killed = return_code == -signal.SIGKILL and late is None
+    if late is not None:
+        status, reason = "failed", late
+    elif is_killed:
+        status, reason = "out_of_memory", "killed from outside, as the kernel does when RAM runs out"
+    elif OUT_OF_MEMORY.search(error):
+        status, reason = "out_of_memory", error
+    else:
+        status, reason = "failed", f"exit code {return_code}: {error}"
+    if losses:
+        reason = f"after {len(losses)} steps: {reason}"
+    reason = reason[:MAX_REASON_CHARS]
+    return ContenderResult(name=name, status=status, reason=reason, num_steps=len(losses), loss=losses)
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The outcome for ``results.json``: the result's fields, then the details."""
+    fields = {field.name for field in dataclasses.fields(outcome)} - {"result", "environment"}
+    return outcome.result.to_json() | {name: getattr(outcome, name) for name in sorted(fields)}

@@ -1,0 +1,86 @@
+"""How each contender gets its model: stock, 4-bit, or streamed. The one recipe file that knows the contenders' names.
+
+Knows transformers, peft, bitsandbytes (imported when needed) and hf_lema. Does not know how they are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import prepare_model_for_kbit_training
+from torch import nn
+from training import DTYPES, TrainingPlan, add_adapter
+from transformers import AutoModelForCausalLM
+
+from hf_lema import LemaConfig, LemaModelWrapper
+
+DUEL_CONTENDERS = ("peft", "qlora", "lema", "lema-auto")
+LEMA_CONTENDERS = ("lema", "lema-auto")
+
+
+def lema_config(name: str, device: torch.device) -> LemaConfig:
+    """``lema`` is at the least VRAM, and on a machine without a GPU at the least RAM: layers stream from disk."""
+    if name == "lema-auto":
+        return LemaConfig()
+    return LemaConfig(vram_budget="min", ram_budget="min" if device.type == "cpu" else "auto")
+
+
+def build_model(
+    name: str,
+    name_or_path: str,
+    plan: TrainingPlan,
+    device: torch.device,
+    config: LemaConfig | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Loads the model as this contender does and puts the adapter on it.
+
+    Args:
+        name: One of ``DUEL_CONTENDERS``.
+        name_or_path: Folder or hub id.
+        plan: Precision, adapter and seed.
+        device: Where it trains.
+        config: Budgets of a streamed model; by default those of :func:`lema_config`.
+        **kwargs: Passed on to ``from_pretrained``, such as ``attn_implementation``.
+
+    Raises:
+        ValueError: An unknown contender.
+    """
+    dtype = DTYPES[plan.precision]
+    if name == "peft":
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+    elif name == "qlora":
+        model = _load_4bit(name_or_path, dtype, device, plan, **kwargs)
+    elif name in LEMA_CONTENDERS:
+        config = lema_config(name, device) if config is None else config
+        model = LemaModelWrapper.from_pretrained(name_or_path, config=config, dtype=dtype, device=device, **kwargs)
+    else:
+        raise ValueError(f"unknown contender {name!r}; known are {', '.join(DUEL_CONTENDERS)}")
+    return add_adapter(model, plan)
+
+
+def _load_4bit(name_or_path: str, dtype: torch.dtype, device: torch.device, plan: TrainingPlan, **kwargs: Any) -> Any:
+    """NF4 with double quantization, prepared for training as PEFT does it."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, quantization_config=quantization, device_map={"": device}, **kwargs
+    )
+    # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the 4-bit weights at the first forward in eval mode, and later
+    # training forwards then go through a kernel that autograd does not see: gradients were wrong by 100 %. Without the
+    # flag the layer keeps its portable layout. Versions before 0.50 have no such flag and do not look at it.
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    options: dict[str, Any] = {"use_gradient_checkpointing": plan.gradient_checkpointing}
+    if plan.gradient_checkpointing:
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return prepare_model_for_kbit_training(model, **options)

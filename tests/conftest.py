@@ -1,0 +1,95 @@
+"""What every test stands on: no network, quiet and repeatable numerics, no thread left behind, a tiny real model."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+# Before torch and transformers are imported, here and in every process that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only fight with the other test workers
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with two, Trainer would wrap every model in DataParallel
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmul, for the tests of equality on a GPU
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+THREAD_PREFIX = "hf_lema"
+MAX_THREAD_END_S = 5.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what is marked gpu where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    no_device = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_device)
+
+
+def leaked_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Threads begun since ``before`` that are the package's, or that would keep the process alive.
+
+    A thread that is just ending gets a bounded time for it.
+    """
+
+    def suspects() -> list[threading.Thread]:
+        begun = set(threading.enumerate()) - before
+        return [thread for thread in begun if thread.name.startswith(THREAD_PREFIX) or not thread.daemon]
+
+    if suspects():
+        gc.collect()  # a model that the test dropped without close() is closed here, if its finalizer works
+    for thread in suspects():
+        thread.join(MAX_THREAD_END_S)
+    return suspects()
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_threads() -> Iterator[None]:
+    """Fails a test that leaves one of the package's threads, or any non-daemon thread, running."""
+    before = set(threading.enumerate())
+    yield
+    leaked = leaked_threads(before)
+    if leaked:
+        names = ", ".join(sorted(f"{thread.name} (daemon={thread.daemon})" for thread in leaked))
+        pytest.fail(f"threads left running: {names}; close the streamer, or wait for the thread, before the test ends")
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Builds a random Llama of some hundred kilobytes; the same arguments give the same weights.
+
+    ``tiny_llama(num_layers=4, dtype=torch.float32, seed=0, **config)``: ``config`` overrides fields of ``LlamaConfig``.
+    The global random state is untouched. The model is in training mode, on the CPU.
+    """
+
+    def build(
+        num_layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, **config: object
+    ) -> LlamaForCausalLM:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape: dict[str, object] = {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, **(shape | config)))
+        return model.to(dtype).train()
+
+    return build
