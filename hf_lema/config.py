@@ -32,6 +32,8 @@ class LemaConfig:
     def __post_init__(self) -> None:
         for name in ("vram_budget", "ram_budget"):
             self._bytes_of(name)
+        if isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
+            raise ValueError(f"num_slots must be a whole number, got {self.num_slots!r}")
         if self.num_slots < 2:
             raise ValueError(f"num_slots is {self.num_slots}; streaming needs at least 2 (one computes, one is filled)")
 

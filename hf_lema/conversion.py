@@ -121,7 +121,7 @@ def _plan_v5(
     stored: Mapping[str, TensorLocation],
     dtype: torch.dtype,
     key_mapping: Mapping[str, str] | None,
-) -> tuple[tuple[ConversionGroup, ...], list[str]]:
+) -> tuple[tuple[ConversionGroup, ...], dict[str, str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -133,7 +133,7 @@ def _plan_v5(
     prefix = model.base_model_prefix
 
     members: dict[str, list[tuple[str, str | None]]] = {}
-    unused: list[str] = []
+    unused: dict[str, str] = {}
     for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if target not in expected and name in expected:
@@ -141,7 +141,7 @@ def _plan_v5(
         # Of two stored tensors with the same name in the model, the first counts, unless a converter collects them.
         is_second = target in members and (pattern is None or members[target][0][1] is None)
         if target not in expected or is_second:
-            unused.append(name)
+            unused[name] = target
         else:
             members.setdefault(target, []).append((name, pattern))
     # What stock loading leaves on the model, for `save_pretrained` to revert.
@@ -174,7 +174,7 @@ def _plan_v4(
     stored: Mapping[str, TensorLocation],
     dtype: torch.dtype,
     key_mapping: Mapping[str, str] | None,
-) -> tuple[tuple[ConversionGroup, ...], list[str]]:
+) -> tuple[tuple[ConversionGroup, ...], dict[str, str]]:
     prefix = model.base_model_prefix
     stored_with_prefix = bool(prefix) and any(name.startswith(prefix) for name in stored)
     expects_prefix = bool(prefix) and prefix in dict(model.named_children())
@@ -192,7 +192,7 @@ def _plan_v4(
     kept_pattern = re.compile("|".join(rf"((^|\.){module}($|\.))" for module in kept)) if kept else None
 
     expected = model.state_dict()
-    unused = [name for name in stored if targets.get(name) not in expected]
+    unused = {name: target for name in stored if (target := targets.get(name, name)) not in expected}
     groups = []
     for name, target in targets.items():
         if target not in expected:
@@ -205,8 +205,13 @@ def _plan_v4(
     return tuple(groups), unused
 
 
-def _worth_a_warning(model: PreTrainedModel, unused: list[str]) -> tuple[str, ...]:
-    """Leave out what stock loading leaves out: the class's own exceptions and buffers that moved or are computed."""
+def _worth_a_warning(model: PreTrainedModel, unused: Mapping[str, str]) -> tuple[str, ...]:
+    """Leave out what stock loading leaves out: the class's own exceptions and buffers that moved or are computed.
+
+    Args:
+        model: The model.
+        unused: Name in the checkpoint -> the name that the model would know it by.
+    """
     buffers = {name for name, _ in model.named_buffers()}
     silent = [*(model._keys_to_ignore_on_load_unexpected or [])]
     silent += [
@@ -215,5 +220,7 @@ def _worth_a_warning(model: PreTrainedModel, unused: list[str]) -> tuple[str, ..
         if any(buffer.endswith(name) for buffer in buffers)
     ]
     return tuple(
-        name for name in unused if name not in buffers and not any(re.search(pattern, name) for pattern in silent)
+        name
+        for name, target in unused.items()
+        if target not in buffers and not any(re.search(pattern, target) for pattern in silent)
     )

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,9 @@ import torch
 from hf_lema.units import format_bytes
 
 PAGE_BYTES = mmap.PAGESIZE
+
+_ROOT = Path("/")
+"""Where /proc and /sys are looked for."""
 
 
 class HostBuffer:
@@ -128,24 +132,36 @@ def tensor_over(memory: memoryview, offset_bytes: int, shape: tuple[int, ...], d
 
 
 def available_host_bytes() -> int:
-    """Bytes that this process may still take: the least of the machine's available memory and its cgroup's room.
+    """Bytes that this process may still take: the least of the machine's available memory and its cgroups' room.
 
-    Sources: MemAvailable of /proc/meminfo; memory.max and memory.current (cgroup 2) or memory.limit_in_bytes and
-    memory.usage_in_bytes (cgroup 1), page cache of the group counted as free.
+    Sources: MemAvailable of /proc/meminfo; for the cgroup of this process and every one above it, memory.max and
+    memory.current (cgroup 2) or memory.limit_in_bytes and memory.usage_in_bytes (cgroup 1), with the group's page cache
+    counted as free.
     """
     room = [psutil.virtual_memory().available]
-    for limit_path, usage_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if os.path.exists(limit_path) and os.path.exists(usage_path):
-            limit = Path(limit_path).read_text().strip()
-            if limit != "max":
-                usage_bytes = int(Path(usage_path).read_text()) - _cgroup_file_bytes(Path(limit_path).parent)
-                room.append(int(limit) - usage_bytes)
+    for folder, limit_name, usage_name, prefix in _cgroup_folders():
+        limit_path = folder / limit_name
+        if limit_path.exists() and (limit := limit_path.read_text().strip()) != "max":
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            file_bytes = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            room.append(int(limit) - int((folder / usage_name).read_text()) + file_bytes)
     return max(0, min(room))
 
 
-def _cgroup_file_bytes(group: Path) -> int:
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+def _cgroup_folders() -> Iterator[tuple[Path, str, str, str]]:
+    """(folder, limit file, usage file, prefix in memory.stat) of this process's memory cgroup and those above it."""
+    listing = _ROOT / "proc/self/cgroup"
+    lines = listing.read_text().splitlines() if listing.exists() else ["0::/", "1:memory:/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = _ROOT / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            root, names = _ROOT / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            yield folder, *names
+            if folder == root:
+                break

@@ -136,8 +136,6 @@ class HostStore(abc.ABC):
         """Fills ``out`` window by window: ``fill(begin, window)`` runs on the readers, copies follow in order."""
         assert self._readers is not None
         if self._ring is None:
-            # The readers write past torch; autograd must still see that the bytes are other ones (Note [slot views]).
-            torch.autograd.graph.increment_version(out)
             reads = [
                 self._readers.submit(fill, begin, out[begin : begin + WINDOW_BYTES])
                 for begin in range(0, out.numel(), WINDOW_BYTES)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hf_lema.recompute import Recompute, Visit
+from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
 from hf_lema.streamer import LayerStreamer
 
@@ -82,6 +83,7 @@ class ProxyState:
         layer: The layer, not yet grafted.
         streamer: Lends the weights.
         streamed: The tensors that are lent.
+        config: The model's configuration, for flags that ask inner modules for outputs.
 
     Attributes:
         has_trained: Whether a backward has visited the layer.
@@ -89,13 +91,19 @@ class ProxyState:
     """
 
     def __init__(
-        self, layer_idx: int, layer: nn.Module, streamer: LayerStreamer, streamed: tuple[StreamedTensor, ...]
+        self,
+        layer_idx: int,
+        layer: nn.Module,
+        streamer: LayerStreamer,
+        streamed: tuple[StreamedTensor, ...],
+        config: object,
     ) -> None:
         self.layer_idx = layer_idx
         self.layer = layer
         self.plain_class: type[nn.Module] = type(layer)
         self.streamer = streamer
         self.streamed = streamed
+        self._config = config
         self.has_trained = False
         self.on_sweep: Callable[[int], None] | None = None
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
@@ -238,7 +246,8 @@ class ProxyState:
         others, kwargs = self._without_cache(args[1:], kwargs)
         self._refuse_lost_gradients(others, kwargs)
         slots = [(registry, name) for registry, name, _ in trainables]
-        visit = Visit(self, others, kwargs, slots, self.streamer.device)
+        hooks = ForwardHooks.capture(self._modules[1:])
+        visit = Visit(self, others, kwargs, slots, hooks, self.streamer.device)
         outputs = Recompute.apply(visit, hidden, *(parameter for _, _, parameter in trainables))
         return visit.rebuild(outputs)
 
@@ -280,12 +289,7 @@ class ProxyState:
         return None
 
     def _refuse_lost_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        flags = [name for name in _LOSING_FLAGS if kwargs.get(name)]
-        if flags:
-            raise ValueError(
-                f"layer {self.layer_idx}: {flags} asks for outputs of inner modules, which would be handed out without "
-                "their gradient; turn them off while training (evaluation under torch.no_grad() may use them)"
-            )
+        refuse_lost_outputs(f"layer {self.layer_idx}", self._config, kwargs)
         named = [*self._named(args), *kwargs.items()]
         lost = [name for name, value in named if any(t.requires_grad for t in tensors_in(value))]
         if lost:
@@ -293,6 +297,22 @@ class ProxyState:
                 f"layer {self.layer_idx}: the arguments {lost} need a gradient, but only the hidden states (first "
                 "argument) get one through a streamed layer"
             )
+
+
+def refuse_lost_outputs(who: str, config: object, kwargs: Mapping[str, Any]) -> None:
+    """Refuses outputs of modules inside a layer while gradients are on: captured in the forward, they have none.
+
+    Raises:
+        ValueError: A flag asks for such an output.
+    """
+    # PeftModel hands on None for what its caller did not say; the configuration then decides, as in transformers.
+    said = {name: kwargs.get(name) for name in _LOSING_FLAGS}
+    asked = [name for name, value in said.items() if (getattr(config, name, False) if value is None else value)]
+    if asked:
+        raise ValueError(
+            f"{who}: {asked} asks for outputs of inner modules, which would be handed out without their gradient; turn "
+            "them off while training (evaluation under torch.no_grad() may use them)"
+        )
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

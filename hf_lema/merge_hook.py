@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
+from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import nn
 
 from hf_lema.layer_proxy import ProxyState, StreamedTensor
@@ -48,6 +48,10 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
     def _at_rest(self) -> list[StreamedTensor]:
         """The module's tensors that are still streamed: one that was unfrozen lives on the device."""
         return [tensor for tensor in self._tensors if tensor in self._state.streamed]
+
+    def __deepcopy__(self, memo: object) -> ModelHook:
+        # PEFT copies a module that `modules_to_save` trains; the copy lives on the device and is not streamed.
+        return ModelHook()
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Nothing was attached."""

@@ -80,13 +80,14 @@ class Prefetcher:
             else:
                 self.num_demand_loads += 1
             if slot is None:
-                if self._pool.all_leased:
+                num_free = self._pool.num_not_leased
+                if num_free == 0:
                     raise RuntimeError(
                         f"layer {layer_idx} was asked for while all {len(self._pool.slots)} slots are leased: one layer "
                         "runs inside another, which streaming does not support"
                     )
                 others = [i for i in self._wanted if i != layer_idx]
-                self._wanted = [layer_idx, *others][: len(self._pool.slots)]
+                self._wanted = [layer_idx, *others][:num_free]
                 self._start_fills()
                 slot = self._pool.find(layer_idx)
             elif slot.state is SlotState.LEASED:
@@ -120,6 +121,15 @@ class Prefetcher:
             if slot is not None:
                 self._pool.discard(slot)
             self._wanted = [i for i in self._wanted if i != layer_idx]
+            self._start_fills()
+
+    def end_stale_leases(self) -> None:
+        """Ends leases that an interrupt left behind. Only where no visit is under way."""
+        with self._changed:
+            for slot in self._pool.slots:
+                if slot.state is SlotState.LEASED:
+                    slot.released_event.record()
+                    self._pool.release(slot)
 
     def close(self) -> None:
         """Ends the thread and waits for its copies. May be called any number of times."""

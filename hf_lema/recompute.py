@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_lema.replay import AutocastState, RandomState
+from hf_lema.replay import AutocastState, ForwardHooks, RandomState
 from hf_lema.schedule import Direction
 
 
@@ -41,6 +41,7 @@ class Visit:
         args: Positional arguments after the hidden states.
         kwargs: Keyword arguments.
         trainable_slots: (registry, name) of each trainable tensor.
+        hooks: Forward hooks under the layer at the time of the visit.
         device: Where the layer computes.
     """
 
@@ -50,6 +51,7 @@ class Visit:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         trainable_slots: list[tuple[dict[str, Any], str]],
+        hooks: ForwardHooks,
         device: torch.device,
     ) -> None:
         self.layer = layer
@@ -59,6 +61,7 @@ class Visit:
         self._is_tuple = False
         self._num_outputs = 1
         self._tensor_places: list[int] = []
+        self._hooks = hooks
         self._rng = RandomState.capture(device)
         self._autocast = AutocastState.capture(device)
 
@@ -98,8 +101,8 @@ class Visit:
 
     @contextmanager
     def forward_conditions(self) -> Iterator[None]:
-        """The random and autocast state of the forward visit; the random state outside is untouched."""
-        with self._rng.replayed(), self._autocast.entered():
+        """Random state, autocast and hooks of the forward visit; those outside are untouched."""
+        with self._rng.replayed(), self._autocast.entered(), self._hooks.entered():
             yield
 
 

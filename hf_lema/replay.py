@@ -1,15 +1,18 @@
-"""The conditions of a forward visit that its recompute must meet again: random state and autocast.
+"""The conditions of a forward visit that its recompute must meet again: random state, autocast, forward hooks.
 
 Responsibility: capture and re-enter. Knows no layers. What ``torch.utils.checkpoint`` preserves is preserved here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,49 @@ class AutocastState:
                     torch.autocast(device_type, enabled=enabled, dtype=dtype, cache_enabled=self.cache_enabled)
                 )
             yield
+
+
+_HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@dataclass(frozen=True)
+class ForwardHooks:
+    """Forward hooks of some modules.
+
+    PEFT hands arguments such as ``alora_offsets`` and ``adapter_names`` to its layers by hooks that live as long as the
+    model's forward; without them a recompute gives other numbers.
+    """
+
+    tables: tuple[tuple[nn.Module, tuple[dict[int, Any], ...]], ...]
+
+    @classmethod
+    def capture(cls, modules: Iterable[nn.Module]) -> ForwardHooks:
+        """The hooks now, of those modules that have any."""
+        return cls(
+            tuple(
+                (module, tuple(copy.copy(module.__dict__[table]) for table in _HOOK_TABLES))
+                for module in modules
+                if module._forward_pre_hooks or module._forward_hooks
+            )
+        )
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """These hooks inside the block."""
+        outside = [(module, tuple(module.__dict__[table] for table in _HOOK_TABLES)) for module, _ in self.tables]
+        try:
+            self._set(self.tables)
+            yield
+        finally:
+            self._set(outside)
+
+    @staticmethod
+    def _set(tables: Iterable[tuple[nn.Module, tuple[dict[int, Any], ...]]]) -> None:
+        for module, values in tables:
+            module.__dict__.update(zip(_HOOK_TABLES, values, strict=True))

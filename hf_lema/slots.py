@@ -49,9 +49,9 @@ _EDGES = {
 class Slot:
     """One device buffer.
 
-    Note [slot views]: the parameters handed to a visit are views of `buffer` made once per layout. A fill writes
-    through ``buffer.copy_``, which bumps the version counter that all views share; autograd then refuses to use a
-    tensor that it saved from an earlier layer instead of computing with the wrong bytes. ``.data =`` would hide that.
+    Note [slot views]: the parameters handed to a visit are views of `buffer` made once per layout, each with a version
+    counter of its own (PEFT's parametrizations bump the one that they touch). Every fill bumps them all: autograd then
+    refuses to use a tensor that it saved from an earlier layer instead of computing with the wrong bytes.
 
     Attributes:
         buffer: 1-D uint8 tensor on the device, as large as the largest layer.
@@ -85,9 +85,18 @@ class Slot:
         if key not in self._views:
             with torch.inference_mode(False):  # made in an evaluation, they must still serve training
                 self._views[key] = {
-                    name: nn.Parameter(view, requires_grad=False) for name, view in layout.views(self.buffer).items()
+                    name: nn.Parameter(view.data, requires_grad=False)
+                    for name, view in layout.views(self.buffer).items()
                 }
         return self._views[key]
+
+    def begin_fill(self, layer_idx: int) -> None:
+        """Another layer's bytes are on their way; see Note [slot views]."""
+        self.move_to(SlotState.FILLING, layer_idx)
+        self.generation += 1
+        for views in self._views.values():
+            for view in views.values():
+                torch.autograd.graph.increment_version(view)
 
 
 class SlotPool:
@@ -114,8 +123,7 @@ class SlotPool:
         spare = [slot for slot in self.slots if slot.state is SlotState.READY and slot.layer_idx not in keep]
         chosen = next(iter(free + spare), None)
         if chosen is not None:
-            chosen.move_to(SlotState.FILLING, layer_idx)
-            chosen.generation += 1
+            chosen.begin_fill(layer_idx)
         return chosen
 
     def finish_fill(self, slot: Slot) -> None:
@@ -135,6 +143,6 @@ class SlotPool:
         slot.move_to(SlotState.FREE, None)
 
     @property
-    def all_leased(self) -> bool:
-        """Whether no slot can ever be filled before a lease ends."""
-        return all(slot.state is SlotState.LEASED for slot in self.slots)
+    def num_not_leased(self) -> int:
+        """Slots that can be filled before a lease ends."""
+        return sum(slot.state is not SlotState.LEASED for slot in self.slots)

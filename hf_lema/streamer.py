@@ -7,6 +7,7 @@ Knows nothing of transformers or peft.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,13 +65,14 @@ class LayerStreamer:
         self._schedule = Schedule(self.streamable_layers)
         self._lowest: int | None = None
         self._final_stats: StreamerStats | None = None
+        self._depth = 0
         self._wait_clock = StreamWaitClock(device)
         self._prefetcher: Prefetcher | None = None  # owned
         if self.streamable_layers:
             pool = SlotPool(num_slots, self.layer_bytes, device)
             self._prefetcher = Prefetcher(pool, store, device)
         # A model that is dropped without close() must not leave its thread and page-locked memory behind.
-        self._finalizer = weakref.finalize(self, _close_parts, self._prefetcher, store, self._owner_pid)
+        self._finalizer = weakref.finalize(self, _close_from_anywhere, self._prefetcher, store, self._owner_pid)
         self._finalizer.atexit = False
 
     @property
@@ -139,18 +141,31 @@ class LayerStreamer:
         Raises:
             RuntimeError: After `close`; if the prefetch thread failed (cause attached); if all slots are leased.
         """
+        if not 0 <= layer_idx < self.num_layers:
+            raise ValueError(f"layer {layer_idx} does not exist; the model has {self.num_layers} layers")
         if self.closed:
             raise RuntimeError(f"layer {layer_idx} was asked for after close(); wrap the model again to use it")
         if os.getpid() != self._owner_pid:
             raise RuntimeError("a wrapped model cannot run in a forked child process; wrap it in the child")
         if direction is Direction.FORWARD:
             self._note_turn(layer_idx, expect_backward)
+        self._depth += 1
+        try:
+            with self._leased(layer_idx, direction) as weights:
+                yield weights
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def _leased(self, layer_idx: int, direction: Direction) -> Iterator[dict[str, nn.Parameter]]:
         layout = self.host_store.layouts.get(layer_idx)
         if layout is None:
             yield {}
             return
         prefetcher = self._prefetcher
         assert prefetcher is not None
+        if self._depth == 1:
+            prefetcher.end_stale_leases()
         resident = self._residents.get(layer_idx)
         if resident is not None and resident.slot is not None:
             yield resident.slot.parameters(layout)
@@ -190,21 +205,30 @@ class LayerStreamer:
 
         The weights at rest stay readable. Does nothing in a forked child.
         """
-        if self.closed or os.getpid() != self._owner_pid:
+        if os.getpid() != self._owner_pid or not self._finalizer.alive:
             return
+        self._final_stats = self._final_stats or self.stats()
         self.closed = True
-        self._final_stats = self.stats()
-        self._finalizer()
-        self._prefetcher = None
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self.host_store.close()
         self._residents.clear()
+        # Only now: an interrupted close can be called again.
+        self._prefetcher = None
+        self._finalizer.detach()
 
 
-def _close_parts(prefetcher: Prefetcher | None, store: HostStore, owner_pid: int) -> None:
+def _close_from_anywhere(prefetcher: Prefetcher | None, store: HostStore, owner_pid: int) -> None:
+    """Closes what a dropped streamer owned, in a thread: the garbage collector may run on a thread to be joined."""
     if os.getpid() != owner_pid:
         return
-    if prefetcher is not None:
-        prefetcher.close()
-    store.close()
+
+    def close() -> None:
+        if prefetcher is not None:
+            prefetcher.close()
+        store.close()
+
+    threading.Thread(target=close, name="hf_lema-closer", daemon=True).start()
 
 
 class _Resident:

@@ -146,6 +146,7 @@ class MemoryTelemetryCallback(TrainerCallback):
         self._allocator: AllocatorPeak | None = None
         self._streamer: LayerStreamer | None = None
         self._train_start_s = 0.0
+        self._num_tokens_at_start = 0
         self._step_start: _Counters | None = None
         self._num_records_logged = 0
         self._is_above_threshold = False
@@ -234,6 +235,7 @@ class MemoryTelemetryCallback(TrainerCallback):
         read_vram_bytes = None if self._meter is None else self._meter.read_bytes
         self._sampler = MemorySampler(read_vram_bytes, interval_s=self._sample_interval_s).start()
         self._train_start_s = time.perf_counter()
+        self._num_tokens_at_start = int(state.num_input_tokens_seen)
         self._take_peak(self._sampler)  # what came before training is no step's peak
         self._write_line("environment", self._session_record(state))
 
@@ -242,7 +244,9 @@ class MemoryTelemetryCallback(TrainerCallback):
     ) -> None:
         """Begin the first step; every other one begins where the step before ended."""
         if self._sampler is not None and self._step_start is None:
-            self._step_start = self._read_counters(state, time.perf_counter())
+            counters = self._read_counters(state, time.perf_counter())
+            # Trainer has counted the first batch before this event in transformers 4, and after it in 5.
+            self._step_start = dataclasses.replace(counters, num_tokens_by_trainer=self._num_tokens_at_start)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the record of the step that ended, and begin the next step."""

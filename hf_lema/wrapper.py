@@ -15,7 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lema.config import LemaConfig
-from hf_lema.layer_proxy import COPY_MESSAGE, LayerProxy, ProxyState, graft_layer, ungraft_layer
+from hf_lema.layer_proxy import (
+    COPY_MESSAGE,
+    LayerProxy,
+    ProxyState,
+    graft_layer,
+    refuse_lost_outputs,
+    ungraft_layer,
+)
 from hf_lema.loss import ChunkedLoss
 from hf_lema.loading import build_skeleton, find_decoder_layers
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
@@ -171,6 +178,17 @@ class LemaModelWrapper(nn.Module):
         names = [name for name, parameter in self.named_parameters() if id(parameter) in streamed]
         return [prefix + name for prefix in ("", "base_model.model.") for name in names]
 
+    @property
+    def is_parallelizable(self) -> bool:
+        """True where Trainer would put the model into ``torch.nn.DataParallel``: several GPUs, no launcher.
+
+        Together with `model_parallel` it tells Trainer that the model sees to its own placement, so that one GPU is
+        used. DataParallel copies a model to every GPU, which defeats streaming.
+        """
+        return torch.cuda.device_count() > 1 and not torch.distributed.is_initialized()
+
+    model_parallel = is_parallelizable
+
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
             "torch.nn.DataParallel copies the model to every visible GPU and cannot stream it. Make one GPU visible "
@@ -235,7 +253,7 @@ def _assemble(
     streamer: LayerStreamer,
     config: LemaConfig,
 ) -> None:
-    states = [ProxyState(i, layer, streamer, places.get(i, ())) for i, layer in enumerate(layers)]
+    states = [ProxyState(i, layer, streamer, places.get(i, ()), lm.config.get_text_config()) for i, layer in enumerate(layers)]
     lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config)
     for state in states:
         graft_layer(state)
@@ -248,6 +266,8 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(plain_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            refuse_lost_outputs(type(self).__name__, self.config, kwargs)
         return _runtime_of(self).loss.forward(*args, **kwargs)
 
     body = {

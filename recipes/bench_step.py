@@ -164,6 +164,8 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     record["ram_loading_private_above_baseline_peak_bytes"] = _above(loading.ram_private_bytes, baseline)
     settle_memory()
     record |= train(args, model, folder, scratch, baseline)
+    if args.contender == "lema":
+        get_streamer(model).close()
     if "pinned_copy_bytes_per_s" in record and "bus_bytes_per_s" in record:
         record["bus_over_pinned_copy_ratio"] = record["bus_bytes_per_s"] / record["pinned_copy_bytes_per_s"]
     record["environment"] = environment_record() | {"stated_commit": args.commit}

@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--batch-size", type=_positive, default=4)
     parser.add_argument("--seq-len", type=_positive, default=96, help="tokens an example")
-    parser.add_argument("--max-steps", type=_positive, default=16)
+    parser.add_argument("--max-steps", type=_positive, default=14)
     parser.add_argument("--lora-rank", type=_positive, default=16, help="alpha is twice the rank")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--vram-limit", type=_byte_size, help="hold every contender to a smaller card, such as 16GiB")
@@ -219,6 +219,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{source.label}, {args.batch_size} x {args.seq_len} tokens, {args.max_steps} steps, on {args.device}{limit}")
     if args.device == "cpu":
         print("No GPU takes part: memory is compared in RAM, above what the imports take; lema streams from disk.")
+        print(
+            "RAM in the table is private RAM. A stock model's weights lie in pages of the mapped checkpoint beside it,"
+        )
+        print("which fill RAM too, but which the kernel may drop and read again: the notes give the sum of both.")
     setup_s = time.perf_counter() - start_s
     outcomes = run_duel(args, source)
     write_results(args, source, outcomes)

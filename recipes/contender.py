@@ -32,9 +32,9 @@ from transformers.utils import logging as transformers_logging
 from hf_lema import MemoryTelemetryCallback, get_streamer
 from hf_lema.report import ContenderResult, UseSample
 from hf_lema.telemetry import MemorySampler, PeakMemory, ProcessMemory, environment_record, read_process_memory
+from hf_lema.units import format_bytes
 
 PROGRESS_MARK = "@progress "
-MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,8 @@ def run(task: Task) -> dict[str, Any]:
     details["adapter_start_sha256"] = adapter_sha256(model)
     settle_memory()
     result, trained = _train(task, plan, model, data.dataset, baseline)
+    if task.name in LEMA_CONTENDERS:
+        get_streamer(model).close()
     return {"result": result.to_json(), "details": details | trained, "environment": environment_record()}
 
 
@@ -161,16 +163,18 @@ def _train(
     )
     with telemetry:
         trainer.train()
+    assert isinstance(telemetry.peak, PeakMemory), "a finished training has a peak"
     details: dict[str, Any] = {
         "train_s": time.perf_counter() - start_s,
         "grad_norm": log.grad_norms,
         "adapter_end_sha256": adapter_sha256(model),
         "device_seen": str(trainer.args.device),
+        "ram_resident_above_imports_peak_bytes": telemetry.peak.ram_rss_peak_bytes - baseline.rss_bytes,
     }
     if task.name in LEMA_CONTENDERS:
         details |= streamer_details(model)
     result = make_result(task, model, log, telemetry, baseline, collator.digest(task.max_steps))
-    return dataclasses.replace(result, notes=[*result.notes, *_streaming_notes(details)]), details
+    return dataclasses.replace(result, notes=_notes(task, details)), details
 
 
 def streamer_details(model: nn.Module) -> dict[str, Any]:
@@ -187,13 +191,17 @@ def streamer_details(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _streaming_notes(details: dict[str, Any]) -> list[str]:
-    if "tier" not in details:
-        return []
-    if details["num_streamed"] == 0:
-        return ["The budget held every layer: nothing was streamed, so its figures say nothing about streaming."]
-    streamed, layers = details["num_streamed"], details["num_layers"]
-    return [f"{streamed} of {layers} layers were streamed, from the {details['tier']} tier."]
+def _notes(task: Task, details: dict[str, Any]) -> list[str]:
+    notes = []
+    if task.device == "cpu":
+        resident = format_bytes(details["ram_resident_above_imports_peak_bytes"])
+        notes.append(f"Resident RAM above the imports, pages of the mapped checkpoint included: {resident}.")
+    if "tier" in details and details["num_streamed"] == 0:
+        notes.append("The budget held every layer: nothing was streamed, so its figures say nothing of streaming.")
+    elif "tier" in details:
+        streamed, layers = details["num_streamed"], details["num_layers"]
+        notes.append(f"{streamed} of {layers} layers were streamed, from the {details['tier']} tier.")
+    return notes
 
 
 def make_result(
@@ -210,7 +218,6 @@ def make_result(
     timed = records[task.num_warmup_steps :]
     timed_s = sum(record.step_s for record in timed)
     num_tokens = sum(record.num_tokens or 0 for record in timed)
-    above_rss_bytes = peak.ram_rss_peak_bytes - baseline.rss_bytes
     base_bytes = baseline.private_bytes
     samples = [
         UseSample(
@@ -241,7 +248,6 @@ def make_result(
         samples=samples,
         batches_sha256=batches_sha256,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        notes=[f"Resident RAM, mapped files included, rose by {above_rss_bytes / MIB:.0f} MiB above the imports."],
     )
 
 

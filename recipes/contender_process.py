@@ -100,11 +100,16 @@ def _kill_late(process: subprocess.Popen[str], was_late: threading.Event) -> Non
 
 
 def _environment(task: dict[str, Any]) -> dict[str, str]:
-    """One visible GPU: with two, Trainer would wrap the model in DataParallel."""
+    """One visible GPU: with two, Trainer would wrap the model in DataParallel. On the CPU, threads that sleep."""
     environment = dict(os.environ)
     visible = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment["CUDA_VISIBLE_DEVICES"] = visible if task["device"] == "cuda" else ""
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if task["device"] == "cpu":
+        # By default OpenMP's threads spin at each of a step's thousands of barriers. On two cores that others used too,
+        # a step of the default duel took 25 to 74 s so, and 7 to 20 s with threads that sleep: spinning would measure
+        # the neighbours. It holds for every contender, and a value that the user set is kept.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
     return environment
 
 

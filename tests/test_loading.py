@@ -259,14 +259,18 @@ def own_file(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[[str]
     return lambda architecture: Path(shutil.copytree(checkpoints(architecture), tmp_path / architecture))
 
 
-def test_a_checkpoint_of_the_base_model_gets_its_prefix(own_file: Callable[[str], Path]):
+def test_a_checkpoint_of_the_base_model_gets_its_prefix(
+    own_file: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+):
     folder = own_file("gpt2")
-    rewrite(folder, lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()})
+    masks = {f"h.{layer_idx}.attn.bias": torch.ones(1, 1, 2, 2) for layer_idx in range(3)}  # as the first ones have
+    rewrite(folder, lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()} | masks)
     assert "h.0.attn.c_attn.weight" in load_file(folder / "model.safetensors")
     skeleton = build_skeleton(folder)
     with skeleton.source as source:
         assert source.spans is not None
         assert_equal_to_stock(skeleton, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    assert "not used" not in caplog.text
 
 
 def test_key_mapping_renames_as_in_stock(own_file: Callable[[str], Path]):

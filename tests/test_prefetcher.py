@@ -531,7 +531,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
     @rule()
     def come_to_rest(self) -> None:
         self.store.gate.set()
-        if not self.closed:
+        if not self.closed and not self.enqueues:  # what is enqueued is at rest when the call returns
             wait_until_idle(self.prefetcher)
 
     @precondition(lambda self: self.num_calls > 20)

@@ -1,4 +1,4 @@
-"""The recipes: true examples, the default model's sources, equal terms for all contenders, and a duel from end to end."""
+"""The recipes: true examples, sources of the default model, equal terms for all contenders, a duel from end to end."""
 
 from __future__ import annotations
 

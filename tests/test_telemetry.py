@@ -1,20 +1,13 @@
-"""Measuring: readings of this process, the sampler thread, and the callback under a stock Trainer."""
+"""The callback under a stock Trainer: what it records, writes, prints and warns of."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import logging
 import math
-import mmap
-import os
 import re
-import subprocess
-import sys
-import textwrap
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +18,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lema import LemaConfig, LemaModelWrapper, environment, get_streamer, telemetry, vram_meter
-from hf_lema.records import PeakMemory, StepRecord, append_json_line, interval_figures, merged_peak
-from hf_lema.sampler import MemoryPeak, MemorySampler, ProcessMemory, read_process_memory
+from hf_lema import LemaConfig, LemaModelWrapper, get_streamer, telemetry, vram_meter
+from hf_lema.sampler import MemorySampler, read_process_memory
 from hf_lema.streamer import StreamerStats
 from hf_lema.telemetry import MemoryTelemetryCallback
 from hf_lema.units import GIB, MIB
-from hf_lema.vram_meter import AllocatorPeak, VramMeter
+from hf_lema.vram_meter import AllocatorPeak
+
+pytestmark = pytest.mark.integration
 
 NUM_TOKENS_PER_BATCH = 2 * 8
 
@@ -85,273 +79,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# One reading
-
-
-STATUS = "Name:\tpython\nVmRSS:\t    3000 kB\nRssAnon:\t    1000 kB\nRssFile:\t     500 kB\nRssShmem:\t    1500 kB\n"
-
-
-def test_the_kinds_of_pages_are_read_in_bytes(tmp_path: Path) -> None:
-    (tmp_path / "status").write_text(STATUS)
-    memory = read_process_memory(tmp_path / "status")
-    assert memory == ProcessMemory(
-        rss_bytes=3000 * 1024, anon_bytes=1000 * 1024, shmem_bytes=1500 * 1024, file_bytes=500 * 1024
-    )
-    assert memory.private_bytes == 2500 * 1024
-
-
-def test_without_proc_only_the_resident_size_is_known(tmp_path: Path) -> None:
-    memory = read_process_memory(tmp_path / "absent")
-    assert memory.rss_bytes > MIB
-    assert (memory.anon_bytes, memory.shmem_bytes, memory.file_bytes, memory.private_bytes) == (None, None, None, None)
-
-
-def test_a_status_file_without_the_resident_size_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "status").write_text("Name:\tpython\n")
-    with pytest.raises(RuntimeError, match="VmRSS"):
-        read_process_memory(tmp_path / "status")
-
-
-def test_a_tensor_counts_as_private_and_a_mapped_file_does_not(tmp_path: Path) -> None:
-    size_bytes, slack_bytes = 64 * MIB, 8 * MIB
-    (tmp_path / "file").write_bytes(os.urandom(MIB) * 64)
-    before = read_process_memory()
-    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        assert sum(mapped[:: mmap.PAGESIZE]) >= 0
-        with_file = read_process_memory()
-    assert with_file.file_bytes - before.file_bytes > size_bytes - slack_bytes  # type: ignore[operator]
-    assert with_file.private_bytes - before.private_bytes < slack_bytes  # type: ignore[operator]
-    tensor = torch.ones(size_bytes, dtype=torch.uint8)
-    with_tensor = read_process_memory()
-    assert with_tensor.private_bytes - before.private_bytes > size_bytes - slack_bytes  # type: ignore[operator]
-    del tensor
-
-
-def test_shared_memory_counts_as_private_once() -> None:
-    size_bytes, slack_bytes = 64 * MIB, 8 * MIB
-    before = read_process_memory()
-    with mmap.mmap(-1, size_bytes) as shared:  # shared and anonymous, as a memfd is
-        shared.write(b"x" * size_bytes)
-        after = read_process_memory()
-    growth_bytes = after.private_bytes - before.private_bytes  # type: ignore[operator]
-    assert size_bytes - slack_bytes < growth_bytes < size_bytes + slack_bytes
-
-
-# The sampler
-
-
-def test_a_peak_between_two_takes_is_kept() -> None:
-    values = iter([100, 100, 900, 900, 200])
-    spike_was_read = threading.Event()
-
-    def read_vram_bytes() -> int:
-        value = next(values, 50)
-        if value == 200:
-            spike_was_read.set()
-        return value
-
-    with MemorySampler(read_vram_bytes, interval_s=0.002) as sampler:
-        assert spike_was_read.wait(10)
-        assert sampler.take_peak().vram_process_bytes == 900
-        assert sampler.take_peak().vram_process_bytes in (50, 200)  # the old peak is not told twice
-    assert sampler_threads() == []
-
-
-def test_the_thread_is_named_and_no_daemon_and_close_may_be_called_again() -> None:
-    sampler = MemorySampler(interval_s=60).start()
-    (thread,) = sampler_threads()
-    assert not thread.daemon
-    start_s = time.perf_counter()
-    sampler.close()
-    assert time.perf_counter() - start_s < 10  # the stop wakes the thread, it does not wait for the interval
-    sampler.close()
-    assert sampler_threads() == []
-
-
-def test_a_sampler_that_never_started_can_be_closed() -> None:
-    MemorySampler().close()
-
-
-def test_a_sampler_starts_once() -> None:
-    with MemorySampler(interval_s=60) as sampler, pytest.raises(RuntimeError, match="starts once"):
-        sampler.start()
-    with pytest.raises(RuntimeError, match="starts once"):
-        sampler.start()
-
-
-def test_a_dropped_sampler_ends_its_thread() -> None:
-    sampler = MemorySampler(interval_s=60).start()
-    (thread,) = sampler_threads()
-    del sampler
-    gc.collect()
-    thread.join(10)
-    assert not thread.is_alive()
-
-
-def test_a_failing_reading_surfaces_at_the_next_take() -> None:
-    num_reads = 0
-
-    def read_vram_bytes() -> int:
-        nonlocal num_reads
-        num_reads += 1
-        if num_reads > 1:
-            raise OSError("the driver is gone")
-        return 1
-
-    with MemorySampler(read_vram_bytes, interval_s=0.002) as sampler:
-        (thread,) = sampler_threads()
-        thread.join(10)
-        with pytest.raises(RuntimeError, match="reading failed") as caught:
-            sampler.take_peak()
-    assert "the driver is gone" in str(caught.value.__cause__)
-
-
-def test_the_memory_curve_stays_bounded_and_keeps_its_peak() -> None:
-    values = iter([1, 2, 3, 999, *range(4, 60)])
-    is_done = threading.Event()
-
-    def read_vram_bytes() -> int:
-        value = next(values, None)
-        if value is None:
-            is_done.set()
-            return 0
-        return value
-
-    with MemorySampler(read_vram_bytes, interval_s=0.001, max_samples=8) as sampler:
-        assert is_done.wait(20)
-        samples = sampler.samples
-    assert 4 <= len(samples) < 8
-    assert max(sample.peak.vram_process_bytes or 0 for sample in samples) == 999
-    times_s = [sample.elapsed_s for sample in samples]
-    assert times_s == sorted(times_s)
-
-
-@pytest.mark.parametrize(
-    "options", [{"interval_s": 0}, {"interval_s": math.nan}, {"max_samples": 3}, {"max_samples": 0}]
-)
-def test_settings_that_cannot_be_sampled_with_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"interval|max_samples"):
-        MemorySampler(**options)
-
-
-def test_a_process_that_dies_with_an_open_sampler_still_ends() -> None:
-    script = """
-        from hf_lema.sampler import MemorySampler
-        sampler = MemorySampler(interval_s=0.01).start()
-        raise SystemExit(7)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, check=False)
-    assert done.returncode == 7
-
-
-# VRAM
-
-
-class FakeNvml:
-    """The part of pynvml that is used, with a list of processes."""
-
-    NVMLError = type("NVMLError", (Exception,), {})
-
-    def __init__(self, processes: list[Any], fails_at_init: bool = False) -> None:
-        self.processes = processes
-        self.fails_at_init = fails_at_init
-
-    def nvmlInit(self) -> None:
-        if self.fails_at_init:
-            raise self.NVMLError("driver not loaded")
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> str:
-        assert uuid == b"GPU-1234"
-        return "handle"
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
-        assert handle == "handle"
-        return self.processes
-
-
-def process(pid: int, used_bytes: int | None) -> SimpleNamespace:
-    return SimpleNamespace(pid=pid, usedGpuMemory=used_bytes)
-
-
-@pytest.fixture
-def open_meter(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeNvml | None], VramMeter]:
-    """A meter of a 16 GiB card with 10 GiB free, over a given NVML."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 16 * GIB))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
-
-    def open_with(nvml: FakeNvml | None) -> VramMeter:
-        spec = None if nvml is None else object()
-        monkeypatch.setattr(vram_meter.importlib.util, "find_spec", lambda name: spec)
-        monkeypatch.setitem(sys.modules, "pynvml", nvml)
-        return VramMeter(torch.device("cuda", 0))
-
-    return open_with
-
-
-def test_nvml_gives_the_use_of_this_process_alone(open_meter: Callable[[FakeNvml | None], VramMeter]) -> None:
-    meter = open_meter(FakeNvml([process(os.getpid() + 1, 5 * GIB), process(os.getpid(), 2 * GIB)]))
-    assert (meter.source, meter.read_bytes(), meter.total_bytes) == ("nvml_process", 2 * GIB, 16 * GIB)
-
-
-@pytest.mark.parametrize(
-    "nvml",
-    [
-        None,
-        FakeNvml([]),
-        FakeNvml([process(os.getpid() + 1, 5 * GIB)]),
-        FakeNvml([process(os.getpid(), None)]),
-        FakeNvml([], fails_at_init=True),
-    ],
-    ids=["no package", "empty list", "other processes only", "no figure", "no driver"],
-)
-def test_where_nvml_is_blind_the_use_of_the_card_is_read_and_named(
-    nvml: FakeNvml | None, open_meter: Callable[[FakeNvml | None], VramMeter]
-) -> None:
-    meter = open_meter(nvml)
-    assert (meter.source, meter.read_bytes()) == ("mem_get_info_device", 6 * GIB)
-
-
-def test_nvml_that_goes_blind_later_is_left_with_a_warning(
-    open_meter: Callable[[FakeNvml | None], VramMeter], caplog: pytest.LogCaptureFixture
-) -> None:
-    nvml = FakeNvml([process(os.getpid(), 2 * GIB)])
-    meter = open_meter(nvml)
-    nvml.processes = []
-    assert meter.read_bytes() == 6 * GIB
-    assert meter.source == "mem_get_info_device"
-    assert "whole card" in caplog.text
-
-
-def test_the_allocator_may_take_the_process_fraction_of_the_card(
-    open_meter: Callable[[FakeNvml | None], VramMeter], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
-    assert open_meter(None).allocator_limit_bytes() == 4 * GIB
-    monkeypatch.setattr(torch, "__version__", "2.6.0")  # the fraction cannot be read there
-    assert open_meter(None).allocator_limit_bytes() == 16 * GIB
-
-
-def test_reading_the_allocator_begins_new_peaks(
-    open_meter: Callable[[FakeNvml | None], VramMeter], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stats = {
-        "allocated_bytes.all.peak": 5,
-        "reserved_bytes.all.peak": 8,
-        "num_alloc_retries": 2,
-        "num_ooms": 1,
-    }
-    resets: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
-    peak = open_meter(None).take_allocator_peak()
-    assert peak == AllocatorPeak(allocated_bytes=5, reserved_bytes=8, num_alloc_retries=2, num_ooms=1)
-    assert resets == [torch.device("cuda", 0)]
-
-
-def test_there_is_no_meter_without_a_cuda_device() -> None:
-    assert vram_meter.open_vram_meter(torch.device("cpu")) is None
-
-
 class FakeMeter:
     """A card of 16 GiB whose use the test sets."""
 
@@ -398,9 +125,6 @@ class AtStep(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.function(state.global_step + 1)
-
-
-# The callback under Trainer
 
 
 def test_every_step_has_a_record_and_the_run_a_peak(tmp_path: Path) -> None:
@@ -477,14 +201,6 @@ def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
     assert steps == [1, 2, 3, 4, 3, 4]
     assert [line["num_steps_done"] for line in lines if line["kind"] == "environment"] == [0, 2]
     assert lines[0]["kind"] == "environment"
-
-
-def test_a_line_that_a_crash_cut_short_stays_a_line_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "telemetry.jsonl"
-    path.write_text('{"kind": "st')
-    append_json_line(path, {"step_s": 1.0})
-    append_json_line(path, {"step_s": math.nan})
-    assert path.read_text().splitlines() == ['{"kind": "st', '{"step_s": 1.0}', '{"step_s": "nan"}']
 
 
 def test_accumulation_makes_one_record_of_all_its_micro_batches(tmp_path: Path) -> None:
@@ -753,7 +469,6 @@ def test_a_streamed_model_adds_what_its_steps_moved(tmp_path: Path, monkeypatch:
     assert read_lines(tmp_path / "telemetry.jsonl")[0]["is_streamed"] is True
 
 
-@pytest.mark.integration
 def test_what_a_wrapped_model_moves_is_told_step_by_step(
     tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
 ) -> None:
@@ -870,128 +585,6 @@ def test_a_loss_that_is_no_number_is_logged_as_such(tmp_path: Path, capsys: pyte
     assert all(math.isnan(float(loss)) for loss in losses)
 
 
-# Records
-
-
-def step_record(**figures: Any) -> StepRecord:
-    names = (*PeakMemory.__dataclass_fields__, *StepRecord.__dataclass_fields__)
-    values: dict[str, Any] = dict.fromkeys(names) | {"ram_rss_peak_bytes": 5, "num_steps_done": 1, "step_s": 2.0}
-    return StepRecord(**(values | figures))
-
-
-def test_an_interval_is_told_by_its_peaks_and_its_means() -> None:
-    records = [
-        step_record(step_s=1.0, num_tokens=10, vram_allocated_peak_bytes=GIB, num_demand_loads=1),
-        step_record(step_s=3.0, num_tokens=30, vram_allocated_peak_bytes=2 * GIB, num_demand_loads=2),
-    ]
-    figures = interval_figures(records)
-    assert (figures["step_s"], figures["tokens_per_s"], figures["num_demand_loads"]) == (2.0, 10.0, 3)
-    assert figures["vram_allocated_peak_gib"] == 2.0
-    assert "wait_per_step_s" not in figures
-    assert "tokens_per_s" not in interval_figures([*records, step_record()])  # one step did not count
-
-
-def test_no_record_has_no_peak() -> None:
-    with pytest.raises(ValueError, match="no record"):
-        merged_peak([])
-
-
-def test_one_sampled_peak_merges_with_another_figure_by_figure() -> None:
-    first = MemoryPeak(vram_process_bytes=None, ram_rss_bytes=5, ram_private_bytes=1, ram_file_bytes=9)
-    second = MemoryPeak(vram_process_bytes=3, ram_rss_bytes=4, ram_private_bytes=2, ram_file_bytes=None)
-    both = MemoryPeak(vram_process_bytes=3, ram_rss_bytes=5, ram_private_bytes=2, ram_file_bytes=9)
-    assert first.merged(second) == both
-
-
-# Environment
-
-
-def test_the_environment_names_what_a_reader_needs() -> None:
-    record = environment.environment_record()
-    assert record["torch_version"] == torch.__version__
-    assert record["python_version"] == sys.version.split()[0]
-    for name in ("transformers_version", "peft_version", "accelerate_version", "platform", "cpu_model"):
-        assert record[name]
-    assert record["num_cpus"] >= record["num_cpus_usable"] >= 1  # type: ignore[operator]
-    assert record["ram_limit_bytes"] > GIB  # type: ignore[operator]
-    assert "bitsandbytes_version" in record
-    numbers = [key for key, value in record.items() if isinstance(value, int) and not isinstance(value, bool)]
-    assert [key for key in numbers if not UNIT.search(key)] == []
-    json.dumps(record)
-
-
-def test_the_environment_names_no_host_user_or_path() -> None:
-    text = json.dumps(environment.environment_record())
-    assert os.uname().nodename not in text or len(os.uname().nodename) < 4
-    assert str(Path.home()) not in text
-    assert str(Path(environment.__file__).parent) not in text
-
-
-def git(folder: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
-
-
-def test_the_commit_is_named_and_a_change_makes_it_dirty(tmp_path: Path) -> None:
-    package = tmp_path / "hf_lema"
-    package.mkdir()
-    unknown = {"git_commit": None, "git_dirty": None}
-    assert environment._git_record(package) == unknown  # no checkout
-    git(tmp_path, "init")
-    assert environment._git_record(package) == unknown  # no commit
-    (package / "units.py").write_text("GIB = 2**30\n")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-m", "first")
-    clean = environment._git_record(package)
-    assert re.fullmatch("[0-9a-f]{40}", str(clean["git_commit"]))
-    assert clean["git_dirty"] is False
-    results = tmp_path / "recipes" / "results"
-    results.mkdir(parents=True)
-    (results / "duel.json").write_text("{}")
-    assert environment._git_record(package) == clean  # a result is no change of the code
-    (package / "units.py").write_text("GIB = 10**9\n")
-    assert environment._git_record(package) == clean | {"git_dirty": True}
-
-
-def test_another_projects_checkout_around_the_package_is_not_its_commit(tmp_path: Path) -> None:
-    package = tmp_path / "site-packages" / "hf_lema"
-    package.mkdir(parents=True)
-    git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", "theirs")
-    assert environment._git_record(package) == {"git_commit": None, "git_dirty": None}
-
-
-def test_a_machine_without_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment._git(tmp_path, "status") is None
-
-
-def test_ram_is_the_control_groups_where_that_is_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, unlimited = tmp_path / "limit", tmp_path / "max"
-    limit.write_text(f"{100 * MIB}\n")
-    unlimited.write_text("max\n")
-    monkeypatch.setattr(environment, "_CGROUP_LIMITS", (tmp_path / "absent", unlimited))
-    assert environment.ram_limit_bytes() > GIB
-    monkeypatch.setattr(environment, "_CGROUP_LIMITS", (unlimited, limit))
-    assert environment.ram_limit_bytes() == 100 * MIB
-
-
-def test_the_driver_version_is_read_from_the_kernel_modules_line(tmp_path: Path) -> None:
-    line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Thu Jan  1 00:00:00 UTC 2026\nGCC version: 12\n"
-    (tmp_path / "version").write_text(line)
-    assert environment._driver_version(tmp_path / "version") == "580.159.04"
-    assert environment._driver_version(tmp_path / "absent") is None
-
-
-def test_a_processor_without_a_model_name_is_still_named(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: other\n")
-    assert environment._cpu_model(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
-    assert environment._cpu_model(tmp_path / "absent")
-
-
-# On a card
-
-
 @pytest.mark.gpu
 def test_on_a_card_the_peaks_are_the_allocators_own(tmp_path: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
@@ -1013,15 +606,3 @@ def test_on_a_card_the_peaks_are_the_allocators_own(tmp_path: Path) -> None:
     assert first["vram_process_source"] in ("nvml_process", "mem_get_info_device")
     assert first["gpu_name"]
     assert first["driver_version"]
-
-
-@pytest.mark.gpu
-def test_on_a_card_page_locked_memory_is_resident_and_counted_once() -> None:
-    torch.empty(MIB, device="cuda")
-    size_bytes, slack_bytes = 512 * MIB, 64 * MIB
-    before = read_process_memory()
-    pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-    after = read_process_memory()
-    growth_bytes = after.private_bytes - before.private_bytes  # type: ignore[operator]
-    assert size_bytes - slack_bytes < growth_bytes < size_bytes + slack_bytes
-    del pinned

@@ -1,0 +1,178 @@
+"""Every architecture trains streamed as it does resident, with no code of its own: wrapped in both orders, and loaded."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    ARCHITECTURES,
+    NUM_LAYERS,
+    ORDERS,
+    STOCK,
+    Trajectory,
+    adapt,
+    assert_same_run,
+    assert_same_tensors,
+    batch,
+    build,
+    closing,
+    lora,
+    prepare,
+    train,
+)
+from peft import PeftModel
+
+from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
+
+pytestmark = pytest.mark.integration
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TIERS = {"ram": LemaConfig(), "disk": LemaConfig(ram_budget="min")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def resident_run(architecture: str, precision: str, loaded: bool = False) -> Trajectory:
+    """A loaded bf16 model has its rotary frequencies in fp32, a cast one in bf16: each is compared with its like."""
+    model = build(architecture, dtype=DTYPES[precision])
+    with tempfile.TemporaryDirectory() as folder:
+        if loaded:
+            model.save_pretrained(folder)
+            model = type(model).from_pretrained(folder, dtype="auto", attn_implementation="eager")
+        return train(prepare(STOCK, model, lora(architecture)), Path(folder), gradient_checkpointing=True)
+
+
+def load(folder: Path, config: LemaConfig, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    return LemaModelWrapper.from_pretrained(
+        str(folder), config, dtype=dtype, device="cpu", attn_implementation="eager", **kwargs
+    )
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wrapped_model_trains_as_the_resident_one(
+    architecture: str, order: str, precision: str, tmp_path: Path
+) -> None:
+    model = prepare(order, build(architecture, dtype=DTYPES[precision]), lora(architecture))
+    with closing(model):
+        found = train(model, tmp_path, gradient_checkpointing=order == ORDERS[0])
+        assert get_streamer(model).num_streamed == NUM_LAYERS
+        assert get_streamer(model).stats().h2d_bytes > 0
+    assert_same_run(found, resident_run(architecture, precision))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loaded_model_trains_as_the_resident_one(
+    architecture: str, precision: str, tier: str, tmp_path: Path
+) -> None:
+    build(architecture, dtype=DTYPES[precision]).save_pretrained(tmp_path / "saved")
+    model = load(tmp_path / "saved", TIERS[tier])
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert isinstance(model, LemaModelWrapper)
+    assert_same_tensors(model.state_dict(), build(architecture, dtype=DTYPES[precision]).state_dict())
+    model = adapt(model, lora(architecture))
+    with closing(model):
+        assert get_streamer(model).host_store.tier == tier
+        found = train(model, tmp_path, gradient_checkpointing=tier == "disk")
+        assert get_streamer(model).num_streamed == NUM_LAYERS
+        assert (get_streamer(model).stats().disk_bytes > 0) == (tier == "disk")
+    assert_same_run(found, resident_run(architecture, precision, loaded=True))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loaded_sharded_model_in_another_dtype_answers_as_the_plain_one(
+    architecture: str, tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build(architecture).save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    plain = type(build(architecture)).from_pretrained(
+        tmp_path / "saved", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    rows = batch()
+    with closing(load(tmp_path / "saved", TIERS[tier], dtype=torch.bfloat16)) as model, torch.no_grad():
+        assert model.dtype == plain.dtype == torch.bfloat16
+        assert_same_tensors(model.state_dict(), plain.state_dict())
+        assert torch.equal(model(**rows).logits, plain(**rows).logits)
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        prompt = rows["input_ids"][:1, :6]
+        assert torch.equal(model.generate(input_ids=prompt, **settings), plain.generate(input_ids=prompt, **settings))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_adapter_trained_on_a_loaded_model_answers_alike_on_a_plain_one_and_merges(
+    architecture: str, tier: str, tmp_path: Path
+) -> None:
+    build(architecture).save_pretrained(tmp_path / "saved")
+    model = adapt(load(tmp_path / "saved", TIERS[tier]), lora(architecture))
+    with closing(model), torch.no_grad():
+        with torch.enable_grad():
+            train(model, tmp_path)
+        model.save_pretrained(tmp_path / "adapter")
+        expected = model.eval()(**batch()).logits
+        plain = PeftModel.from_pretrained(build(architecture), tmp_path / "adapter").eval()
+        assert torch.equal(plain(**batch()).logits, expected)
+        merged, plain_merged = model.merge_and_unload(), plain.merge_and_unload()
+        assert_same_tensors(merged.state_dict(), plain_merged.state_dict())
+        assert torch.equal(merged(**batch()).logits, plain_merged(**batch()).logits)
+    before = build(architecture).state_dict()
+    again = type(build(architecture)).from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert_same_tensors(again.state_dict(), before)  # the checkpoint's files are as they were
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_initialisation_that_changes_base_weights_is_kept_on_both_tiers(
+    method: str, tier: str, tmp_path: Path
+) -> None:
+    build().save_pretrained(tmp_path / "saved")
+    resident = prepare(STOCK, build(), lora(init_lora_weights=method))
+    expected = train(resident, tmp_path, gradient_checkpointing=True)
+    model = adapt(load(tmp_path / "saved", TIERS[tier]), lora(init_lora_weights=method))
+    with closing(model):
+        assert_same_run(train(model, tmp_path), expected)
+        assert_same_tensors(model.state_dict(), resident.state_dict())
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_last_layers_unfrozen_after_loading_train_as_in_the_resident_model(tier: str, tmp_path: Path) -> None:
+    build(num_layers=5).save_pretrained(tmp_path / "saved")
+
+    def unfrozen(model: Any) -> Any:
+        model.requires_grad_(False)
+        model.model.layers[-2:].requires_grad_(True)
+        return model
+
+    resident = unfrozen(build(num_layers=5))
+    expected = train(resident, tmp_path)
+    with closing(unfrozen(load(tmp_path / "saved", TIERS[tier]))) as model:
+        assert_same_run(train(model, tmp_path), expected)
+        Path(tmp_path / "out").mkdir()
+        model.save_pretrained(tmp_path / "out")
+    assert_same_tensors(type(resident).from_pretrained(tmp_path / "out").state_dict(), resident.state_dict())
+
+
+def test_tied_embeddings_stay_tied_and_are_saved_once(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    build(tie_word_embeddings=True).save_pretrained(tmp_path / "saved")
+    with closing(load(tmp_path / "saved", LemaConfig())) as model:
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        model.save_pretrained(tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - not a mapping
