@@ -62,6 +62,25 @@ class FileSet:
         """Whether ``close()`` was called."""
         return self._closed
 
+    def open_all(self) -> dict[Path, int]:
+        """Open every file now, so that a file replaced later is not mixed with what was opened before.
+
+        Returns:
+            Path -> descriptor, still owned by this set.
+
+        Raises:
+            ValueError: A file's size is no longer what it was when indexed.
+            FileNotFoundError: A file is gone.
+            RuntimeError: The set is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the files are closed")
+            for path in self._sizes_bytes:
+                if path not in self._descriptors:
+                    self._descriptors[path] = self._open(path)
+            return dict(self._descriptors)
+
     def pread_into(self, path: Path, file_offset_bytes: int, out: memoryview) -> None:
         """Fill ``out`` from the file, from the given position on. Releases the GIL while it reads.
 

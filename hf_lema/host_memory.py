@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
-from hf_lema.units import format_bytes
-
 PAGE_BYTES = mmap.PAGESIZE
+
+PAGE_LOCK_ADVICE = (
+    "Raise the limit for locked memory (`ulimit -l unlimited`, in Docker `--ulimit memlock=-1`, in WSL the memory of "
+    ".wslconfig) for the full rate."
+)
 
 _ROOT = Path("/")
 """Where /proc and /sys are looked for."""
@@ -62,19 +64,13 @@ class HostBuffer:
         Worth calling after the memory was filled (0.05 s a GiB on an H100 host; the pages are then already there).
 
         Returns:
-            Whether the system allowed it; if not, one warning says so and the memory stays pageable.
+            Whether the system allowed it; if not, the memory stays pageable, and `PAGE_LOCK_ADVICE` is for the user.
         """
         result = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self._mapped_bytes, 0))
         if result == 0:
             self.pinned_bytes = self._mapped_bytes
             return True
         clear_cuda_error()
-        warnings.warn(
-            f"page-locking {format_bytes(self._mapped_bytes)} of host memory was refused (CUDA error {result}); copies to the "
-            "GPU will go through a small page-locked ring instead. Raise the limit for locked memory "
-            "(`ulimit -l unlimited`, in Docker `--ulimit memlock=-1`, in WSL the .wslconfig memory) for the full rate.",
-            stacklevel=2,
-        )
         return False
 
     def close(self) -> None:
@@ -96,22 +92,37 @@ def clear_cuda_error() -> None:
         torch.zeros(1, device="cuda").add_(1)
 
 
-def map_private(path: os.PathLike[str]) -> memoryview:
+def map_private(descriptor: int) -> memoryview:
     """Maps a whole file as writable memory of this process; writes never reach the file.
 
     Pages are read when touched and belong to the page cache until written. No swap or RAM is reserved in advance.
 
     Args:
-        path: The file; it must not be empty.
+        descriptor: The open file; it must not be empty.
 
     Returns:
         Its bytes; the mapping lives as long as the view and the tensors over it.
     """
     no_reserve = 0x4000  # MAP_NORESERVE of Linux: a 13 GB file may be mapped on a machine with 12 GB
-    with open(path, "rb") as file:
-        return memoryview(
-            mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        )
+    return memoryview(
+        mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    )
+
+
+def has_private_pages(tensor: torch.Tensor) -> bool:
+    """Whether anything was written to the mapping that a tensor lies in, since it was mapped by `map_private`.
+
+    Source: Private_Dirty of the mapping in /proc/self/smaps.
+    """
+    address, inside = tensor.data_ptr(), False
+    for line in (_ROOT / "proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(part, 16) for part in name.split("-"))
+            inside = begin <= address < end
+        elif inside and name == "Private_Dirty:":
+            return int(rest.split()[0]) > 0
+    return False
 
 
 def tensor_over(memory: memoryview, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,7 @@ the disk tier they are a private mapping of the file: a write makes private page
 from __future__ import annotations
 
 import abc
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +22,9 @@ import torch
 
 from hf_lema.events import Event, make_event
 from hf_lema.file_set import FileSet, ReadSpan, read_spans_into
-from hf_lema.host_memory import HostBuffer, map_private, tensor_over
+from hf_lema.host_memory import PAGE_LOCK_ADVICE, HostBuffer, has_private_pages, map_private, tensor_over
 from hf_lema.layout import LayerLayout
+from hf_lema.units import format_bytes
 
 WINDOW_BYTES = 16 * 2**20
 """Bytes of one read and one copy. Large enough for the disk's sequential rate and the bus (both flat from 4 MiB on),
@@ -42,7 +44,12 @@ class StagingRing:
 
     def __init__(self, num_windows: int, device: torch.device) -> None:
         self._buffer = HostBuffer(num_windows * WINDOW_BYTES)
-        self._buffer.page_lock()
+        if not self._buffer.page_lock():
+            warnings.warn(
+                f"page-locking {format_bytes(self._buffer.nbytes)} of host memory was refused; copies to the GPU go "
+                f"through pageable memory, at a fraction of the bus rate. {PAGE_LOCK_ADVICE}",
+                stacklevel=2,
+            )
         self._windows = self._buffer.tensor.split(WINDOW_BYTES)
         self._copied: list[Event] = [make_event(device) for _ in self._windows]
         self._next = 0
@@ -116,6 +123,9 @@ class HostStore(abc.ABC):
     def mark_changed(self, layer_idx: int) -> None:
         """Says that the tensors of `host_views` were written to; later reads give the new values."""
 
+    def mark_if_changed(self, layer_idx: int) -> None:
+        """The same where it is not known whether they were written to."""
+
     def close(self) -> None:
         """Gives back page-locks, threads and files. May be called any number of times."""
         if self._readers is not None:
@@ -147,7 +157,8 @@ class HostStore(abc.ABC):
         try:
             while True:
                 begin = next(begins, None)
-                if begin is None or len(pending) == self._ring.num_windows:
+                # Two windows are left to copies under way, so that the bus has the next when one ends.
+                if begin is None or len(pending) >= max(1, self._ring.num_windows - 2):
                     if not pending:
                         return
                     read, at, window, copied = pending.popleft()
@@ -206,8 +217,15 @@ class RamStore(HostStore):
 
     def seal(self) -> None:
         """Page-locks the filled slab; where that is refused, opens the ring."""
-        if self.device.type == "cuda" and self.layouts and not self._slab.page_lock():
-            self._open_ring()
+        if self.device.type != "cuda" or not self.layouts or self._slab.page_lock():
+            return
+        self._open_ring()
+        if self._ring is not None and self._ring.pinned_bytes:
+            warnings.warn(
+                f"page-locking {format_bytes(self.slab_bytes)} of host memory was refused; copies to the GPU go through "
+                f"a page-locked ring of {format_bytes(self._ring.pinned_bytes)}. {PAGE_LOCK_ADVICE}",
+                stacklevel=2,
+            )
 
     def host_views(self, layer_idx: int) -> dict[str, torch.Tensor]:
         begin = self._offsets[layer_idx]
@@ -245,6 +263,7 @@ class DiskStore(HostStore):
         spans: Where each layer's bytes lie, by layer index.
         device: Where `read_into` will write.
         max_ring_bytes: Most page-locked bytes for the ring (GPU only).
+        files: The files that the spans name, as they were indexed; owned from here on. As they are now if None.
     """
 
     tier = "disk"
@@ -255,12 +274,15 @@ class DiskStore(HostStore):
         spans: Mapping[int, Sequence[ReadSpan]],
         device: torch.device,
         max_ring_bytes: int = MAX_RING_BYTES,
+        files: FileSet | None = None,
     ) -> None:
         super().__init__(layouts, device)
         self._spans = {layer_idx: tuple(spans[layer_idx]) for layer_idx in self.layouts}
-        paths = {span.path for layer_spans in self._spans.values() for span in layer_spans}
-        self._files = FileSet({path: path.stat().st_size for path in paths})  # owned
-        self._mapped = {path: map_private(path) for path in paths}
+        if files is None:
+            paths = {span.path for layer_spans in self._spans.values() for span in layer_spans}
+            files = FileSet({path: path.stat().st_size for path in paths})
+        self._files = files  # owned
+        self._mapped = {path: map_private(descriptor) for path, descriptor in files.open_all().items()}
         self._windows = {
             layer_idx: [
                 cut_spans(self._spans[layer_idx], begin, begin + WINDOW_BYTES)
@@ -302,6 +324,10 @@ class DiskStore(HostStore):
 
     def mark_changed(self, layer_idx: int) -> None:
         self._changed.add(layer_idx)
+
+    def mark_if_changed(self, layer_idx: int) -> None:
+        if any(has_private_pages(view) for view in self.host_views(layer_idx).values()):
+            self._changed.add(layer_idx)
 
     def close(self) -> None:
         super().close()

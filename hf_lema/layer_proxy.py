@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lema.micro_batch import MicroBatches
 from hf_lema.recompute import Recompute, Visit
 from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
@@ -84,6 +85,7 @@ class ProxyState:
         streamer: Lends the weights.
         streamed: The tensors that are lent.
         config: The model's configuration, for flags that ask inner modules for outputs.
+        micro_batches: How training visits are cut.
 
     Attributes:
         has_trained: Whether a backward has visited the layer.
@@ -97,6 +99,7 @@ class ProxyState:
         streamer: LayerStreamer,
         streamed: tuple[StreamedTensor, ...],
         config: object,
+        micro_batches: MicroBatches,
     ) -> None:
         self.layer_idx = layer_idx
         self.layer = layer
@@ -104,10 +107,12 @@ class ProxyState:
         self.streamer = streamer
         self.streamed = streamed
         self._config = config
+        self._micro_batches = micro_batches
         self.has_trained = False
         self.on_sweep: Callable[[int], None] | None = None
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
-        self._argument_names = list(inspect.signature(self.plain_class.forward).parameters)[1:]
+        parameters = inspect.signature(self.plain_class.forward).parameters.values()
+        self._argument_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         self._versions = [self.registered(t)._version for t in streamed]
         self._modules: list[nn.Module] = []
         self._signature: list[int] | None = None
@@ -126,6 +131,10 @@ class ProxyState:
         signature = [id(child) for module in self._modules for child in module._modules.values()]
         signature += [id(parameter) for module in self._modules for parameter in module._parameters.values()]
         if signature != self._signature:
+            if self._signature is not None and self.streamed:
+                # An adapter was added or taken away; some initialisations (OLoRA) write to the base through `.data`,
+                # which no version counter and no pointer shows.
+                self.streamer.invalidate_if_changed(self.layer_idx)
             self._modules = list(self.layer.modules())
             streamed = {(id(t.owner), t.attribute) for t in self.streamed}
             self._own = [
@@ -247,7 +256,19 @@ class ProxyState:
         self._refuse_lost_gradients(others, kwargs)
         slots = [(registry, name) for registry, name, _ in trainables]
         hooks = ForwardHooks.capture(self._modules[1:])
-        visit = Visit(self, others, kwargs, slots, hooks, self.streamer.device)
+        # By name, so that they can be cut; what lies beyond the names of the signature stays positional.
+        num_named = len(self._argument_names) - 1
+        named = {**dict(self._named(others[:num_named])), **kwargs}
+        visit = Visit(
+            self,
+            others[num_named:],
+            named,
+            slots,
+            hooks,
+            self.streamer.device,
+            self._micro_batches,
+            hidden.shape[0],
+        )
         outputs = Recompute.apply(visit, hidden, *(parameter for _, _, parameter in trainables))
         return visit.rebuild(outputs)
 

@@ -113,8 +113,12 @@ def choose_store(
             f"{format_bytes(needed_bytes)}. Use LemaModelWrapper.from_pretrained, which streams them from their files"
         )
     ring_bytes = {} if budget_bytes is None else {"max_ring_bytes": max(0, budget_bytes // 2)}
-    spans = cached_pack(source).spans if source.spans is None else source.spans
-    return DiskStore(layouts, dict(zip(layouts, spans, strict=True)), device, **ring_bytes)
+    if source.spans is not None:
+        spans, files = source.spans, source.open_files()
+    else:
+        pack = cached_pack(source)
+        spans, files = pack.spans, pack.open_files()
+    return DiskStore(layouts, dict(zip(layouts, spans, strict=True)), device, files=files, **ring_bytes)
 
 
 def fill_from_model(

@@ -10,13 +10,14 @@ has no graph and use it in a later recompute.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
+from hf_lema.micro_batch import MicroBatches, Piece
 from hf_lema.replay import AutocastState, ForwardHooks, RandomState
 from hf_lema.schedule import Direction
 
@@ -25,6 +26,7 @@ class StreamedLayer(Protocol):
     """What a visit asks of its layer."""
 
     layer_idx: int
+    layer: nn.Module
 
     def weights(self, direction: Direction, *, expect_backward: bool = False) -> AbstractContextManager[None]:
         """Has the layer's weights on the device for the duration of the block."""
@@ -38,11 +40,13 @@ class Visit:
 
     Args:
         layer: The layer.
-        args: Positional arguments after the hidden states.
-        kwargs: Keyword arguments.
+        args: Positional arguments after the hidden states that have no name; with any, the batch is not cut.
+        kwargs: Arguments by name.
         trainable_slots: (registry, name) of each trainable tensor.
         hooks: Forward hooks under the layer at the time of the visit.
         device: Where the layer computes.
+        micro_batches: How visits are cut.
+        batch_size: Sequences in the batch.
     """
 
     def __init__(
@@ -53,10 +57,15 @@ class Visit:
         trainable_slots: list[tuple[dict[str, Any], str]],
         hooks: ForwardHooks,
         device: torch.device,
+        micro_batches: MicroBatches,
+        batch_size: int,
     ) -> None:
         self.layer = layer
         self._args = args
-        self._kwargs = kwargs
+        self._named = kwargs
+        self._micro_batches = micro_batches
+        self._batch_size = batch_size
+        self._pieces: list[Piece] = []
         self._trainable_slots = trainable_slots
         self._is_tuple = False
         self._num_outputs = 1
@@ -65,17 +74,94 @@ class Visit:
         self._rng = RandomState.capture(device)
         self._autocast = AutocastState.capture(device)
 
-    def run(self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Calls the layer's own forward with the given trainable tensors registered; returns its tensor outputs."""
+    def run(
+        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], piece: Piece | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Calls the layer's own forward with the given trainable tensors registered; returns its tensor outputs.
+
+        Args:
+            hidden: Hidden states of the whole batch, or of the piece.
+            trainables: Stand-ins for the trainable tensors, in the order of `trainable_slots`.
+            piece: Which part of the batch the other arguments are cut to; None for all of it.
+        """
+        named = self._named if piece is None else piece.cut_named(self._named, self._batch_size)
         registered = [(registry, name, registry[name]) for registry, name in self._trainable_slots]
         try:
             for (registry, name), alias in zip(self._trainable_slots, trainables, strict=True):
                 registry[name] = alias
-            output = self.layer.call_plain(hidden, *self._args, **self._kwargs)
+            output = self.layer.call_plain(hidden, *self._args, **named)
         finally:
             for registry, name, parameter in registered:
                 registry[name] = parameter
         return self._tensors_of(output)
+
+    def run_forward(self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The forward visit, piece by piece; the pieces are remembered for the recompute."""
+        if not self._args:
+            self._pieces = self._micro_batches.pieces(
+                self.layer.layer, hidden, self._named, lambda part, named: self.layer.call_plain(part, **named)
+            )
+        if not self.is_cut:
+            return self.run(hidden, trainables)
+        whole: list[torch.Tensor] = []
+        for piece in self._pieces:
+            outputs = self.run(hidden[piece.begin : piece.end], trainables, piece)
+            if not whole:
+                whole = [o.new_empty((self._batch_size, *o.shape[1:])) for o in outputs]
+            for target, output in zip(whole, outputs, strict=True):
+                target[piece.begin : piece.end] = output
+        return tuple(whole)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the visit is cut into pieces."""
+        return len(self._pieces) > 1
+
+    def gradients(
+        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """Recomputes the visit and differentiates it.
+
+        Args:
+            hidden: Hidden states, detached; whether it needs a gradient says whether one is computed.
+            trainables: Detached aliases that need a gradient.
+            grad_outputs: Gradients of the tensor outputs, None for one that nobody used.
+
+        Returns:
+            The gradient of the hidden states (None if not needed), then those of the trainable tensors.
+        """
+        with self._rng.replayed(), self._hooks.entered():
+            if not self.is_cut:
+                return self._piece_gradients(hidden, trainables, grad_outputs, None)
+            hidden_grad = torch.empty_like(hidden) if hidden.requires_grad else None
+            sums: list[torch.Tensor | None] = [None] * len(trainables)
+            for piece in self._pieces:
+                part = hidden[piece.begin : piece.end].detach().requires_grad_(hidden.requires_grad)
+                parts = tuple(None if g is None else g[piece.begin : piece.end] for g in grad_outputs)
+                part_grad, *grads = self._piece_gradients(part, trainables, parts, piece)
+                if hidden_grad is not None:
+                    if part_grad is None:
+                        hidden_grad[piece.begin : piece.end].zero_()
+                    else:
+                        hidden_grad[piece.begin : piece.end] = part_grad
+                sums = [g if s is None else s if g is None else s + g for s, g in zip(sums, grads, strict=True)]
+            return [hidden_grad, *sums]
+
+    def _piece_gradients(
+        self,
+        hidden: torch.Tensor,
+        trainables: tuple[torch.Tensor, ...],
+        grad_outputs: tuple[torch.Tensor | None, ...],
+        piece: Piece | None,
+    ) -> list[torch.Tensor | None]:
+        with self._autocast.entered():
+            outputs = self.run(hidden, trainables, piece)
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad and g is not None]
+        wanted = ([hidden] if hidden.requires_grad else []) + list(trainables)
+        if not pairs:
+            return [None] * (1 + len(trainables))
+        grads = list(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        return grads if hidden.requires_grad else [None, *grads]
 
     def _tensors_of(self, output: Any) -> tuple[torch.Tensor, ...]:
         self._is_tuple = isinstance(output, tuple)
@@ -99,12 +185,6 @@ class Visit:
             outputs[place] = tensor
         return tuple(outputs)
 
-    @contextmanager
-    def forward_conditions(self) -> Iterator[None]:
-        """Random state, autocast and hooks of the forward visit; those outside are untouched."""
-        with self._rng.replayed(), self._autocast.entered(), self._hooks.entered():
-            yield
-
 
 class Recompute(torch.autograd.Function):
     """Forward without a graph; backward leases the layer again, recomputes with a graph, and differentiates that."""
@@ -115,7 +195,7 @@ class Recompute(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an output that nobody used must give no gradient, not zeros
         ctx.save_for_backward(hidden, *trainables)
         with visit.layer.weights(Direction.FORWARD, expect_backward=True):
-            outputs = visit.run(hidden, tuple(t.detach() for t in trainables))
+            outputs = visit.run_forward(hidden, tuple(t.detach() for t in trainables))
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         return outputs
 
@@ -126,15 +206,6 @@ class Recompute(torch.autograd.Function):
         hidden, *trainables = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
         aliases = tuple(t.detach().requires_grad_(True) for t in trainables)
-        wanted = ([hidden] if hidden.requires_grad else []) + list(aliases)
         with visit.layer.weights(Direction.BACKWARD), torch.enable_grad():
-            with visit.forward_conditions():
-                outputs = visit.run(hidden, aliases)
-            pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad and g is not None]
-            grads = list(
-                torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-                if pairs
-                else [None] * len(wanted)
-            )
-        hidden_grad = grads.pop(0) if hidden.requires_grad else None
-        return (None, hidden_grad, *grads)
+            grads = visit.gradients(hidden, aliases, grad_outputs)
+        return (None, *grads)

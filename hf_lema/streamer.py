@@ -195,6 +195,14 @@ class LayerStreamer:
     def invalidate(self, layer_idx: int) -> None:
         """Host bytes of a layer have changed: nothing on the device may be read for it any more."""
         self.host_store.mark_changed(layer_idx)
+        self._forget(layer_idx)
+
+    def invalidate_if_changed(self, layer_idx: int) -> None:
+        """The same where it is not known whether the bytes have changed."""
+        self.host_store.mark_if_changed(layer_idx)
+        self._forget(layer_idx)
+
+    def _forget(self, layer_idx: int) -> None:
         if layer_idx in self._residents:
             self._residents[layer_idx] = _Resident()
         if self._prefetcher is not None and not self.closed:

@@ -187,8 +187,6 @@ def load(args: argparse.Namespace, folder: Path, device: torch.device) -> nn.Mod
     """The contender's model with its adapter."""
     name = "peft" if args.contender == "peft-no-gc" else args.contender
     options: dict[str, Any] = {} if args.attn is None else {"attn_implementation": args.attn}
-    if name == "peft" and device.type == "cuda":
-        options["device_map"] = {"": device}  # straight to the card, not by way of RAM
     config = lema_config(args) if name == "lema" else None
     model = build_model(name, str(folder), plan_of(args), device, config, **options)
     if name == "lema" and get_streamer(model).host_store.tier != args.tier:

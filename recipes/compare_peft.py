@@ -41,10 +41,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="train one adapter with stock PEFT, QLoRA and LEMA, and compare")
     parser.add_argument("--model", help="hub id or folder; by default SmolLM2-135M-Instruct, fetched and cached")
     parser.add_argument("--dataset", help="hub id, .jsonl or .csv; by default 5,000 [LEMA_REPLY] examples")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", type=_names, default=[CONTENDERS], help=", ".join(CONTENDERS))
     parser.add_argument("--batch-size", type=_positive, default=4)
     parser.add_argument("--seq-len", type=_positive, default=96, help="tokens an example")
-    parser.add_argument("--max-steps", type=_positive, default=14)
+    parser.add_argument("--max-steps", type=_positive, default=10)
     parser.add_argument("--lora-rank", type=_positive, default=16, help="alpha is twice the rank")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--vram-limit", type=_byte_size, help="hold every contender to a smaller card, such as 16GiB")
@@ -54,13 +54,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"a smoke run: {QUICK}")
     parser.add_argument("--limit-s", type=_positive, default=6 * 3600, help="a contender that takes longer is stopped")
     args = parser.parse_args(argv)
-    args.contenders = list(dict.fromkeys(args.contenders))
+    args.contenders = list(dict.fromkeys(name for names in args.contenders for name in names))
     if args.quick:
         vars(args).update(QUICK)
     args.device = _choose_device(args.device, parser)
     if args.vram_limit is not None and args.device == "cpu":
         parser.error("--vram-limit needs a GPU; this duel runs on the CPU")
     return args
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
+    return names
 
 
 def _positive(text: str) -> int:
@@ -94,6 +102,11 @@ class ProgressLine:
     num_steps: int
     is_terminal: bool
 
+    def begin(self) -> None:
+        """Before the process starts, which takes some seconds to import and load."""
+        text = f"{self.head} starts"
+        print(f"\r{text:<100}" if self.is_terminal else text, end="" if self.is_terminal else "\n", flush=True)
+
     def show(self, num_steps_done: int, loss: float, elapsed_s: float) -> None:
         """The state after a step."""
         text = f"{self.head} step {num_steps_done}/{self.num_steps} | loss {loss:.4f} | {elapsed_s:.0f} s"
@@ -122,8 +135,7 @@ def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
             num_steps=args.max_steps,
             is_terminal=sys.stdout.isatty(),
         )
-        if not line.is_terminal:
-            print(f"{line.head} starts", flush=True)
+        line.begin()
         task = {
             "name": name,
             "model": source.name_or_path,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contender_process import PROGRESS_MARK
 from duel_data import prepare_data
 from model_builds import LEMA_CONTENDERS, build_model
 from torch import nn
@@ -34,7 +35,8 @@ from hf_lema.report import ContenderResult, UseSample
 from hf_lema.telemetry import MemorySampler, PeakMemory, ProcessMemory, environment_record, read_process_memory
 from hf_lema.units import format_bytes
 
-PROGRESS_MARK = "@progress "
+MAX_SAMPLES = 400
+"""Points of the memory curve that are kept: more than a plot can show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,17 +220,6 @@ def make_result(
     timed = records[task.num_warmup_steps :]
     timed_s = sum(record.step_s for record in timed)
     num_tokens = sum(record.num_tokens or 0 for record in timed)
-    base_bytes = baseline.private_bytes
-    samples = [
-        UseSample(
-            elapsed_s=sample.elapsed_s,
-            vram_bytes=sample.peak.vram_process_bytes,
-            ram_bytes=None
-            if base_bytes is None or sample.peak.ram_private_bytes is None
-            else max(sample.peak.ram_private_bytes - base_bytes, 0),
-        )
-        for sample in telemetry.samples
-    ]
     return ContenderResult(
         name=task.name,
         status="ok",
@@ -245,10 +236,30 @@ def make_result(
         h2d_bytes=[record.h2d_bytes for record in records if record.h2d_bytes is not None],
         disk_bytes=[record.disk_bytes for record in records if record.disk_bytes is not None],
         wait_s=None if records[0].wait_s is None else sum(record.wait_s or 0.0 for record in records),
-        samples=samples,
+        samples=thin_samples(telemetry, baseline),
         batches_sha256=batches_sha256,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+
+
+def thin_samples(telemetry: MemoryTelemetryCallback, baseline: ProcessMemory) -> list[UseSample]:
+    """The memory curve in at most ``MAX_SAMPLES`` points, each the peak over its part of the time."""
+    samples = telemetry.samples
+    num_merged = -(-len(samples) // MAX_SAMPLES)
+    thinned = []
+    for begin in range(0, len(samples), max(num_merged, 1)):
+        merged = samples[begin : begin + num_merged]
+        vram_bytes = [s.peak.vram_process_bytes for s in merged if s.peak.vram_process_bytes is not None]
+        ram_bytes = [s.peak.ram_private_bytes for s in merged if s.peak.ram_private_bytes is not None]
+        above_bytes = max(ram_bytes) - (baseline.private_bytes or 0) if ram_bytes else None
+        thinned.append(
+            UseSample(
+                elapsed_s=round(merged[-1].elapsed_s, 3),
+                vram_bytes=max(vram_bytes, default=None),
+                ram_bytes=None if above_bytes is None else max(above_bytes, 0),
+            )
+        )
+    return thinned
 
 
 def main() -> None:

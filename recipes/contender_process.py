@@ -5,7 +5,6 @@ Knows processes and the contender's protocol (a task file, progress lines, a res
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -156,5 +155,4 @@ def failed_result(
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The outcome for ``results.json``: the result's fields, then the details."""
-    fields = {field.name for field in dataclasses.fields(outcome)} - {"result", "environment"}
-    return outcome.result.to_json() | {name: getattr(outcome, name) for name in sorted(fields)}
+    return outcome.result.to_json() | {"details": outcome.details, "wall_s": outcome.wall_s}

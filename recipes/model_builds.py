@@ -49,6 +49,8 @@ def build_model(
     """
     dtype = DTYPES[plan.precision]
     if name == "peft":
+        if device.type == "cuda":
+            kwargs = {"device_map": {"": device}} | kwargs  # straight to the card, not by way of RAM
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
     elif name == "qlora":
         model = _load_4bit(name_or_path, dtype, device, plan, **kwargs)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
+from hf_lema.slots import SlotState
 
 VOCAB_SIZE = 128
 SEQ_LEN = 16
@@ -163,6 +164,9 @@ def arguments(output_dir: Path, **overrides: Any) -> TrainingArguments:
         "seed": 3,
         "dataloader_pin_memory": False,
     }
+    if not TRANSFORMERS_5 and "gradient_checkpointing_kwargs" not in overrides:
+        # The default there is reentrant checkpointing, with which a stock PeftModel on a frozen embedding trains nothing.
+        fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return TrainingArguments(**(fields | overrides))
 
 
@@ -211,6 +215,17 @@ class Trajectory:
     optimizer: Mapping[int, Mapping[str, Any]]
 
 
+def settled_bytes(model: nn.Module) -> int:
+    """Bytes moved once the prefetcher has nothing left to fill: the slots hold what the next sweep needs first."""
+    prefetcher: Any = get_streamer(model)._prefetcher
+    with prefetcher._changed:
+        while any(prefetcher._pool.find(i) is None for i in prefetcher._wanted) or any(
+            slot.state is SlotState.FILLING for slot in prefetcher._pool.slots
+        ):
+            assert prefetcher._changed.wait(10.0), "the prefetcher does not settle"
+    return get_streamer(model).stats().h2d_bytes
+
+
 def trainables(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the parameters that need a gradient, in order."""
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -250,7 +265,8 @@ def assert_same_run(found: Trajectory, expected: Trajectory) -> None:
     """Bit for bit: micro-step losses, logged loss and grad norm, trained tensors, optimizer state."""
     assert torch.isfinite(expected.losses).all()
     assert torch.equal(found.losses, expected.losses), (found.losses, expected.losses)
-    assert found.logs == expected.logs
+    # As text: the grad norm of a step that a GradScaler skips may be NaN, which is not equal to itself.
+    assert [repr(log) for log in found.logs] == [repr(log) for log in expected.logs]
     assert_same_tensors(found.trainables, expected.trainables)
     assert list(found.optimizer) == list(expected.optimizer)
     for index, state in expected.optimizer.items():

@@ -57,13 +57,13 @@ class FakeCudart:
         self.registered: list[tuple[int, int]] = []
         self.unregistered: list[int] = []
 
-    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
         assert flags == 0
         if self.result == 0:
             self.registered.append((pointer, nbytes))
         return self.result
 
-    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, pointer: int) -> int:
         self.unregistered.append(pointer)
         return 0
 
@@ -215,7 +215,9 @@ def test_a_refused_page_lock_warns_once_with_the_remedy_and_leaves_the_memory_us
         assert not buffer.page_lock()
     (warning,) = caught
     text = str(warning.message)
-    assert all(part in text for part in ("3.00 MiB", "CUDA error 2", "ulimit -l unlimited", "--ulimit memlock=-1", "WSL"))
+    assert all(
+        part in text for part in ("3.00 MiB", "CUDA error 2", "ulimit -l unlimited", "--ulimit memlock=-1", "WSL")
+    )
     assert cleared == [True], "the error would come back at the next kernel"
     assert buffer.pinned_bytes == 0
     assert int(buffer.tensor.min()) == 4
@@ -317,10 +319,15 @@ def test_a_private_mapping_reserves_no_memory_and_reads_what_is_touched(tmp_path
 
 @pytest.fixture
 def fake_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file system root for the cgroup files, on a machine with 64 GiB available."""
+    """Where /proc and /sys are looked for, on a machine with 64 GiB available."""
     monkeypatch.setattr(host_memory, "_ROOT", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 2**30))
     return tmp_path
+
+
+def in_groups(root: Path, *lines: str) -> None:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
 
 
 def write_cgroup(root: Path, files: dict[str, object]) -> None:
@@ -351,7 +358,7 @@ def test_a_cgroup_1_limit_counts(fake_root: Path) -> None:
         {
             "memory/memory.limit_in_bytes": 20_000,
             "memory/memory.usage_in_bytes": 6_000,
-            "memory/memory.stat": "cache 900\ninactive_file 400\nactive_file 100",
+            "memory/memory.stat": "cache 9\ninactive_file 4\nactive_file 1\ntotal_inactive_file 400\ntotal_active_file 100",
         },
     )
     assert available_host_bytes() == 20_000 - 5_500
@@ -370,8 +377,7 @@ def test_the_unlimited_value_of_cgroup_1_leaves_the_machines_memory(fake_root: P
 
 
 def test_a_limit_of_the_group_that_the_process_is_in_counts_below_the_root(fake_root: Path) -> None:
-    (fake_root / "proc/self").mkdir(parents=True)
-    (fake_root / "proc/self/cgroup").write_text("0::/slurm/job_7\n")
+    in_groups(fake_root, "0::/slurm/job_7")
     write_cgroup(
         fake_root,
         {
@@ -384,6 +390,25 @@ def test_a_limit_of_the_group_that_the_process_is_in_counts_below_the_root(fake_
         },
     )
     assert available_host_bytes() == 8_500
+
+
+def test_the_tightest_of_nested_groups_counts(fake_root: Path) -> None:
+    in_groups(fake_root, "12:cpu,cpuacct:/user", "5:memory:/a/b", "0::/elsewhere")
+    for group, limit, usage in (("memory/", 50_000, 10), ("memory/a/", 7_000, 1_000), ("memory/a/b/", 40_000, 900)):
+        write_cgroup(
+            fake_root,
+            {
+                f"{group}memory.limit_in_bytes": limit,
+                f"{group}memory.usage_in_bytes": usage,
+                f"{group}memory.stat": "total_inactive_file 5",
+            },
+        )
+    assert available_host_bytes() == 7_000 - (1_000 - 5)
+
+
+def test_a_group_that_is_not_mounted_here_does_not_count(fake_root: Path) -> None:
+    in_groups(fake_root, "0::/../host/kubepods/pod", "1:name=systemd:/")
+    assert available_host_bytes() == 64 * 2**30
 
 
 def test_a_cgroup_above_its_limit_leaves_nothing_rather_than_less(fake_root: Path) -> None:

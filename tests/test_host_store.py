@@ -22,7 +22,7 @@ from hf_lema.host_store import DiskStore, HostStore, RamStore, StagingRing, cut_
 from hf_lema.layout import ALIGNMENT, LayerLayout, make_layout
 from hf_lema.prefetcher import Prefetcher
 from hf_lema.schedule import Direction
-from hf_lema.slots import Slot, SlotPool
+from hf_lema.slots import SlotPool
 from hf_lema.streamer import LayerStreamer
 
 CUDA = torch.device("cuda", 0)
@@ -174,14 +174,14 @@ class FakeGpu:
     max_lock_bytes: int = 2**40
     locked: dict[int, int] | None = None
 
-    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
         assert self.locked is not None
         if nbytes > self.max_lock_bytes:
             return 2
         self.locked[pointer] = nbytes
         return 0
 
-    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, pointer: int) -> int:
         assert self.locked is not None
         del self.locked[pointer]
         return 0
@@ -267,7 +267,7 @@ def test_where_page_locking_the_slab_is_refused_layers_go_through_the_ring(
     tmp_path: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, window_bytes: int
 ) -> None:
     monkeypatch.setattr(host_store, "WINDOW_BYTES", window_bytes)
-    checkpoint = write_checkpoint(tmp_path, 2, num_layers=12)
+    checkpoint = write_checkpoint(tmp_path, 2, num_layers=40)
     gpu.max_lock_bytes = sum(layout.nbytes for layout in checkpoint.layouts.values()) // 4096 * 4096 - 4096
     with pytest.warns(UserWarning, match="page-locking") as caught:
         store = filled_ram_store(checkpoint, CUDA)
@@ -366,7 +366,7 @@ def test_disk_views_show_the_files_and_cost_nothing(tmp_path: Path, opened: Call
         assert (store.tier, store.pinned_bytes, store.disk_bytes) == ("disk", 0, 0)
 
 
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["into the slot", "through the ring"])
 def test_a_changed_layer_is_read_from_memory_and_the_file_stays(
     tmp_path: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
 ) -> None:
@@ -631,25 +631,34 @@ def test_cut_spans_cover_each_window_exactly() -> None:
 
 @pytest.mark.parametrize("tier", ["ram", "disk", "disk, changed"])
 def test_backward_over_a_refilled_slot_raises_on_every_tier(
-    tmp_path: Path, tier: str, opened: Callable[[HostStore], HostStore], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_store, "WINDOW_BYTES", 64)
-    layouts = {i: make_layout(i, {"w": ((64,), torch.float32)}) for i in range(2)}
+    layouts = {i: make_layout(i, {"w": ((64,), torch.float32)}) for i in range(4)}
     path = tmp_path / "file"
-    path.write_bytes(bytes(torch.arange(128.0).view(torch.uint8).tolist()))
-    spans = {
-        i: [ReadSpan(path=path, file_offset_bytes=256 * i, nbytes=256, layer_offset_bytes=0)] for i in range(2)
-    }
-    store = opened(RamStore(layouts, CPU) if tier == "ram" else DiskStore(layouts, spans, CPU))
+    path.write_bytes(bytes(torch.arange(256.0).view(torch.uint8).tolist()))
+    spans = {i: [ReadSpan(path=path, file_offset_bytes=256 * i, nbytes=256, layer_offset_bytes=0)] for i in layouts}
+    store = RamStore(layouts, CPU) if tier == "ram" else DiskStore(layouts, spans, CPU)
+    streamer = LayerStreamer(store, CPU, 4, 2)
     if tier == "disk, changed":
-        store.mark_changed(1)
-    slot = Slot(0, torch.zeros(256, dtype=torch.uint8))
-    read(store, 0, slot.buffer)
-    hidden = torch.ones(64, requires_grad=True)
-    loss = (hidden * slot.parameters(layouts[0])["w"]).sum()
-    read(store, 1, slot.buffer)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        for layer_idx in layouts:
+            streamer.invalidate(layer_idx)
+
+    def visits() -> torch.Tensor:
+        hidden = torch.ones(64, requires_grad=True)
+        with streamer.lease(0, Direction.FORWARD) as weights:
+            loss = (hidden * weights["w"]).sum()
+        for layer_idx in (1, 2, 3):
+            with streamer.lease(layer_idx, Direction.FORWARD):
+                pass
+        return loss
+
+    try:
+        loss = bounded(visits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    finally:
+        bounded(streamer.close)
 
 
 # ---- whole sweeps ----

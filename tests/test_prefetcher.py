@@ -422,7 +422,9 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
 
     enqueues = False
 
-    @initialize(num_slots=st.integers(2, 4), sizes=st.lists(st.integers(1, 80), min_size=NUM_LAYERS, max_size=NUM_LAYERS))
+    @initialize(
+        num_slots=st.integers(2, 4), sizes=st.lists(st.integers(1, 80), min_size=NUM_LAYERS, max_size=NUM_LAYERS)
+    )
     def begin(self, num_slots: int, sizes: list[int]) -> None:
         self.store = FakeStore(dict(enumerate(sizes)), self.check_target, enqueues=self.enqueues)
         self.pool = SlotPool(num_slots, max(layout.nbytes for layout in self.store.layouts.values()), CPU)

@@ -250,7 +250,7 @@ def test_pip_failure_means_that_the_wheel_cannot_be_reached(tmp_path, monkeypatc
     [
         (["--vram-limit", "16GiB", "--device", "cpu"], "--vram-limit needs a GPU"),
         (["--vram-limit", "lots"], "byte quantity"),
-        (["--contenders", "peft", "magic"], "invalid choice"),
+        (["--contenders", "peft,magic"], "no contender magic"),
         (["--batch-size", "0"], "below 1"),
     ],
 )

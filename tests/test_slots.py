@@ -132,18 +132,20 @@ def test_a_layer_stays_in_its_slot_through_a_lease() -> None:
     assert (slot.state, pool.find(1)) == (READY, slot)
 
 
-def test_all_leased_means_every_slot() -> None:
-    pool = filled_pool(0, 1, num_slots=2)
-    assert not pool.all_leased
+def test_slots_that_are_not_leased_are_counted() -> None:
+    pool = filled_pool(0, 1, num_slots=3)
+    assert pool.num_not_leased == 3
     pool.acquire(pool.slots[0])
-    assert not pool.all_leased
+    assert pool.num_not_leased == 2
     pool.acquire(pool.slots[1])
-    assert pool.all_leased
+    pool.release(pool.slots[0])
+    assert pool.num_not_leased == 2
 
 
 def test_parameters_are_views_of_the_buffer_with_true_shape_and_dtype() -> None:
     layout = make_layout(
-        0, {"a": ((3, 5), torch.float32), "b": ((7,), torch.bfloat16), "c": ((), torch.int64), "d": ((0, 4), torch.half)}
+        0,
+        {"a": ((3, 5), torch.float32), "b": ((7,), torch.bfloat16), "c": ((), torch.int64), "d": ((0, 4), torch.half)},
     )
     slot = make_slot(nbytes=layout.nbytes)
     parameters = slot.parameters(layout)
@@ -168,15 +170,16 @@ def test_parameters_are_made_once_for_each_layout() -> None:
 
 
 def fill(slot: Slot, value: float, num_elements: int = 64) -> None:
-    """What a store does: one copy into the part of the buffer that the layer takes."""
+    """What the pool and a store do together; the store may write past torch, as a read of a file does."""
     layout = layer_layout(0, num_elements)
     source = torch.zeros(layout.nbytes, dtype=torch.uint8)
     layout.views(source)["w"].fill_(value)
-    with torch.no_grad():
-        slot.buffer[: layout.nbytes].copy_(source)
+    slot.begin_fill(0)
+    slot.buffer.numpy()[: layout.nbytes] = source.numpy()
+    slot.move_to(READY, 0)
 
 
-def test_a_fill_bumps_the_version_that_every_view_shares() -> None:
+def test_a_fill_bumps_the_version_of_every_view() -> None:
     slot = make_slot()
     wide, narrow = slot.parameters(layer_layout(0))["w"], slot.parameters(layer_layout(0, num_elements=8))["w"]
     before = wide._version, narrow._version
@@ -202,6 +205,25 @@ def test_backward_over_an_untouched_slot_gives_the_gradient() -> None:
     hidden = torch.ones(64, requires_grad=True)
     (hidden * slot.parameters(layer_layout(0))["w"]).sum().backward()
     assert torch.equal(hidden.grad, torch.full((64,), 3.0))  # type: ignore[arg-type]
+
+
+def test_a_write_to_one_view_does_not_bump_the_others() -> None:
+    slot = make_slot(nbytes=make_layout(0, {"a": ((4,), torch.float32), "b": ((4,), torch.float32)}).nbytes)
+    views = slot.parameters(make_layout(0, {"a": ((4,), torch.float32), "b": ((4,), torch.float32)}))
+    before = views["b"]._version
+    views["a"].add_(1.0)
+    assert views["b"]._version == before
+
+
+def test_a_fill_under_inference_mode_bumps_the_versions_too() -> None:
+    slot = make_slot()
+    fill(slot, 3.0)
+    hidden = torch.ones(64, requires_grad=True)
+    loss = (hidden * slot.parameters(layer_layout(0))["w"]).sum()
+    with torch.inference_mode():
+        fill(slot, 5.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_parameters_made_under_inference_mode_serve_a_later_training_visit() -> None:

@@ -183,9 +183,7 @@ def test_any_order_of_visits_gives_the_right_weights(enqueues: bool) -> None:
                 if rng.random() < 0.1:
                     store.write(layer_idx, at)
                     streamer.invalidate(layer_idx)
-                visit(
-                    streamer, store, layer_idx, rng.choice([FORWARD, BACKWARD]), expect_backward=rng.random() < 0.5
-                )
+                visit(streamer, store, layer_idx, rng.choice([FORWARD, BACKWARD]), expect_backward=rng.random() < 0.5)
 
         bounded(visits)
 

@@ -25,6 +25,7 @@ from models import (
     examples,
     lora,
     prepare,
+    settled_bytes,
     train,
     trainables,
 )
@@ -162,22 +163,11 @@ def test_bytes_moved_are_those_that_the_schedule_predicts(
     with closing(model):
         train(model, tmp_path, max_steps=1, gradient_checkpointing=gradient_checkpointing)
         streamer = get_streamer(model)
-        begin = settled_bytes(streamer)
+        begin = settled_bytes(model)
         train(model, tmp_path, max_steps=3, gradient_checkpointing=gradient_checkpointing)
-        moved = settled_bytes(streamer) - begin
+        moved = settled_bytes(model) - begin
     assert streamer.transfers_per_step() == 2 * 5 - 2 * 2
     assert moved == 3 * streamer.transfers_per_step() * streamer.layer_bytes
-
-
-def settled_bytes(streamer: Any) -> int:
-    """Bytes moved once the prefetcher has nothing left to fill: the slots hold what the next sweep needs first."""
-    prefetcher = streamer._prefetcher
-    with prefetcher._changed:
-        while not all(prefetcher._pool.find(i) is not None for i in prefetcher._wanted):
-            prefetcher._changed.wait(10.0)
-        while any(slot.state.name == "FILLING" for slot in prefetcher._pool.slots):
-            prefetcher._changed.wait(10.0)
-    return int(streamer.stats().h2d_bytes)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -193,9 +183,9 @@ def test_checkpointing_turned_on_before_the_wrap_is_absorbed(use_reentrant: bool
     with closing(LemaModelWrapper.wrap(peft_model, device="cpu")):
         train(peft_model, tmp_path, max_steps=1)
         streamer = get_streamer(peft_model)
-        begin = settled_bytes(streamer)
+        begin = settled_bytes(peft_model)
         found = train(peft_model, tmp_path, max_steps=2)
-        moved = settled_bytes(streamer) - begin
+        moved = settled_bytes(peft_model) - begin
     assert moved == 2 * streamer.transfers_per_step() * streamer.layer_bytes
 
     resident = prepare(STOCK, build(num_layers=5))
@@ -419,9 +409,9 @@ def test_unfrozen_last_layers_train_and_the_backward_stops_below_them(when: str,
             assert streamer.num_streamed == 4
             assert streamer.num_resident == 2
             # The backward reaches no streamed layer: only the forward moves them.
-            begin = settled_bytes(streamer)
+            begin = settled_bytes(model)
             train(model, tmp_path, max_steps=2)
-            assert settled_bytes(streamer) - begin <= 2 * 4 * streamer.layer_bytes
+            assert settled_bytes(model) - begin <= 2 * 4 * streamer.layer_bytes
 
     resident = unfrozen(build(num_layers=6), 2)
     resident.enable_input_require_grads()  # what makes stock gradient checkpointing train frozen embeddings' successors
@@ -444,9 +434,9 @@ def test_layer_visits_stop_below_the_lowest_trainable_layer(tmp_path: Path) -> N
         streamer.lease = recorded
         found = train(model, tmp_path, max_steps=1)
         assert visited == [(i, "forward") for i in range(6)] + [(i, "backward") for i in (5, 4, 3)]
-        begin = settled_bytes(streamer)
+        begin = settled_bytes(model)
         train(model, tmp_path, max_steps=3)
-        moved = settled_bytes(streamer) - begin
+        moved = settled_bytes(model) - begin
         assert moved == 3 * streamer.transfers_per_step(lowest=3) * streamer.layer_bytes
     resident = prepare(STOCK, build(num_layers=6), peft_config)
     assert_same_run(found, train(resident, tmp_path, max_steps=1, gradient_checkpointing=True))
@@ -460,11 +450,11 @@ def test_a_few_resident_layers_change_no_number(tmp_path: Path) -> None:
         streamer.set_resident([1, 3])
         found = train(model, tmp_path)
         assert streamer.num_resident == 2
-        begin = settled_bytes(streamer)
+        begin = settled_bytes(model)
         streamer.set_resident([0, 1, 2, 3])
         train(model, tmp_path, max_steps=1)
         train(model, tmp_path, max_steps=1)
-        assert settled_bytes(streamer) - begin <= NUM_LAYERS * streamer.layer_bytes
+        assert settled_bytes(model) - begin <= NUM_LAYERS * streamer.layer_bytes
     assert_same_run(found, expected)
 
 
@@ -476,4 +466,4 @@ def test_number_of_slots_changes_no_number(num_slots: int, tmp_path: Path) -> No
         assert_same_run(train(model, tmp_path), expected)
         streamer = get_streamer(model)
         if num_slots >= NUM_LAYERS:
-            assert settled_bytes(streamer) == NUM_LAYERS * streamer.layer_bytes
+            assert settled_bytes(model) == NUM_LAYERS * streamer.layer_bytes

@@ -1,0 +1,173 @@
+"""The chunked loss against the stock one: values, gradients, logits that come into being when they are looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+from hf_lema.loss import ChunkedLoss, DeferredLogits
+
+pytestmark = pytest.mark.integration
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+MODELS = {
+    "llama": LlamaConfig(**SIZES),
+    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "soft-capped": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0),
+    "divided": GraniteConfig(**SIZES, logits_scaling=3.0),
+    "multiplied": CohereConfig(**SIZES, logit_scale=0.3),
+    "gpt2": GPT2Config(
+        vocab_size=131, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=1, eos_token_id=2,
+    ),
+}  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MODELS[name]).to(dtype).train()
+
+
+def inputs(num_items: Any = None) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 131, (3, 17), generator=generator)
+    labels = ids.clone()
+    labels[0, :5], labels[2, 9:] = -100, -100
+    return {"input_ids": ids, "labels": labels, **({} if num_items is None else {"num_items_in_batch": num_items})}
+
+
+def chunked(model: PreTrainedModel, chunk_tokens: int = 10) -> ChunkedLoss:
+    loss = ChunkedLoss(model, type(model).forward)
+    loss.chunk_tokens = chunk_tokens
+    return loss
+
+
+def gradients(model: PreTrainedModel, output: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    output.loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("num_items", [None, 77, torch.tensor(77)], ids=["mean", "count", "count-tensor"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_gradients_are_those_of_the_stock_loss_in_fp64(name: str, num_items: Any) -> None:
+    model = build(name)
+    stock_output = model(**inputs(num_items))
+    stock = gradients(model, stock_output)
+    output = chunked(model).forward(**inputs(num_items))
+    ours = gradients(model, output)
+    assert ours.keys() == stock.keys()
+    for key, expected in stock.items():
+        assert (ours[key] - expected).norm() <= 1e-10 * expected.norm(), key
+    assert torch.isclose(output.loss, stock_output.loss, rtol=1e-6)  # transformers computes the loss itself in fp32
+
+
+def test_a_chunk_is_never_divided_by_its_own_count_of_tokens() -> None:
+    model = build("llama")
+    kwargs = inputs()
+    kwargs["labels"][0] = -100  # a chunk with no label at all would be NaN, and the others too heavy
+    assert torch.isclose(chunked(model, 17).forward(**kwargs).loss, model(**kwargs).loss, rtol=1e-6)
+
+
+def test_a_batch_no_larger_than_a_chunk_takes_the_stock_path_bit_for_bit() -> None:
+    model = build("llama", torch.float32)
+    output = chunked(model, 51).forward(**inputs())
+    assert not isinstance(output.logits, DeferredLogits)
+    assert torch.equal(output.loss, model(**inputs()).loss)
+
+
+def test_full_logits_are_not_made_in_training() -> None:
+    model = build("llama")
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[:-1].numel()))
+    output = chunked(model).forward(**inputs())
+    output.loss.backward()
+    assert max(rows) < inputs()["labels"].numel()
+
+
+def test_logits_have_their_shape_and_type_before_they_are_made_and_are_right_after() -> None:
+    model = build("soft-capped")
+    output, stock = chunked(model).forward(**inputs()), model(**inputs())
+    assert isinstance(output.logits, DeferredLogits)
+    assert (output.logits.shape, output.logits.dtype, output.logits.device) == (
+        stock.logits.shape, stock.logits.dtype, stock.logits.device,
+    )  # fmt: skip
+    assert output.logits._made is None
+    assert torch.equal(output.logits.argmax(-1), stock.logits.argmax(-1))
+    assert output.logits._made is not None
+    upcast = chunked(model).forward(**inputs()).logits.float()
+    assert isinstance(upcast, DeferredLogits)
+    assert torch.equal(upcast + 0, stock.logits.float())
+
+
+def test_logits_made_late_carry_their_gradient() -> None:
+    model = build("llama")
+    output = chunked(model).forward(**inputs())
+    model.zero_grad()
+    output.logits.pow(2).mean().backward()
+    ours = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model(**inputs()).logits.pow(2).mean().backward()
+    assert torch.allclose(ours, model.lm_head.weight.grad, rtol=1e-12)
+
+
+def test_the_output_keeps_the_order_of_its_fields() -> None:
+    model = build("llama")
+    output, stock = chunked(model).forward(**inputs()), model(**inputs())
+    assert list(output.keys()) == list(stock.keys())
+    assert torch.isclose(output[0], stock[0], rtol=1e-6)
+
+
+def test_without_gradients_the_loss_is_the_same() -> None:
+    model = build("llama").eval()
+    with torch.no_grad():
+        assert torch.isclose(chunked(model).forward(**inputs()).loss, model(**inputs()).loss, rtol=1e-6)
+
+
+def test_positional_inputs_are_understood() -> None:
+    model = build("llama")
+    kwargs = inputs()
+    output = chunked(model).forward(kwargs["input_ids"], labels=kwargs["labels"])
+    assert torch.isclose(output.loss, model(**kwargs).loss, rtol=1e-6)
+
+
+def test_a_model_with_another_loss_keeps_its_own_forward_and_says_so() -> None:
+    model = build("llama")
+    stock_loss = model.loss_function
+    model.loss_function = lambda **kwargs: 3 * stock_loss(**{**kwargs, "shift_labels": None})
+    loss = chunked(model)
+    with pytest.warns(UserWarning, match="plain causal-LM loss"):
+        output = loss.forward(**inputs())
+    assert torch.equal(output.loss, model(**inputs()).loss)
+    assert not isinstance(loss.forward(**inputs()).logits, DeferredLogits)
+
+
+def test_a_frozen_head_gives_the_hidden_states_their_gradient() -> None:
+    model = build("llama")
+    model.lm_head.requires_grad_(False)
+    stock = gradients(model, model(**inputs()))
+    ours = gradients(model, chunked(model).forward(**inputs()))
+    assert "lm_head.weight" not in ours
+    assert all(torch.allclose(ours[key], stock[key], rtol=1e-10) for key in stock)

@@ -1,0 +1,278 @@
+"""The VRAM budget: what is refused, when layers become resident, and how many."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from hf_lema.config import LemaConfig
+from hf_lema.residency import HEAD_ROOM_BYTES, VramBudget, free_vram_bytes
+from hf_lema.schedule import spread_evenly
+
+GIB, MIB = 2**30, 2**20
+CUDA = torch.device("cuda", 0)
+
+
+class FakeStreamer:
+    """Layers of one size, and a record of which were made resident."""
+
+    def __init__(
+        self, num_layers: int = 32, layer_bytes: int = 400 * MIB, num_slots: int = 2, device: torch.device = CUDA
+    ) -> None:
+        self.streamable_layers = tuple(range(num_layers))
+        self.layer_bytes = layer_bytes
+        self.num_slots = num_slots
+        self.device = device
+        self.calls: list[tuple[int, ...]] = []
+
+    def set_resident(self, layers: Sequence[int]) -> None:
+        self.calls.append(tuple(layers))
+
+    @property
+    def resident_layers(self) -> tuple[int, ...]:
+        return self.calls[-1] if self.calls else ()
+
+
+class FakeCard:
+    """What torch says of a card's memory."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 16 * GIB
+        self.others_bytes = 1 * GIB
+        self.reserved_bytes = 3 * GIB
+        self.allocated_bytes = 2 * GIB
+        self.fraction = 1.0
+        self.num_empties = 0
+
+    def empty_cache(self) -> None:
+        self.num_empties += 1
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
+    card = FakeCard()
+
+    def mem_get_info(device: object = None) -> tuple[int, int]:
+        return card.total_bytes - card.others_bytes - card.reserved_bytes, card.total_bytes
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: card.reserved_bytes)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: card.allocated_bytes)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device=None: card.fraction)
+    monkeypatch.setattr(torch.cuda, "empty_cache", card.empty_cache)
+    return card
+
+
+@pytest.fixture(autouse=True)
+def no_hooks_left() -> Iterator[None]:
+    """Counting optimizer steps ends with the budget that counts."""
+    before = dict(torch_optimizer._global_optimizer_post_hooks)
+    yield
+    if dict(torch_optimizer._global_optimizer_post_hooks) != before:
+        gc.collect()
+    assert dict(torch_optimizer._global_optimizer_post_hooks) == before
+
+
+def update() -> None:
+    """One optimizer step."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.SGD([parameter], lr=0.1).step()
+
+
+def make_budget(streamer: FakeStreamer, other_bytes: int = GIB // 2, **config: Any) -> VramBudget:
+    budget = VramBudget(LemaConfig(**config), streamer, other_bytes)  # type: ignore[arg-type]
+    budget.start()
+    return budget
+
+
+def train(budget: VramBudget, num_steps: int = 1, num_tokens: int = 4096, accumulation: int = 1) -> None:
+    for _ in range(num_steps):
+        for _ in range(accumulation):
+            budget.before_training_step(num_tokens)
+        update()
+
+
+# ---- what is free ----
+
+
+def test_free_memory_is_what_the_card_has_left_for_this_process(card: FakeCard) -> None:
+    # 16 in all, 1 of others, 2 allocated here; what is reserved but not allocated can be used.
+    assert free_vram_bytes(CUDA) == 13 * GIB
+
+
+def test_the_memory_fraction_of_the_process_holds_it_to_a_smaller_card(card: FakeCard) -> None:
+    card.fraction = 0.5
+    assert free_vram_bytes(CUDA) == 6 * GIB
+
+
+# ---- what is refused ----
+
+
+def test_a_budget_below_the_slots_and_the_resident_parts_is_refused_with_the_minimum(card: FakeCard) -> None:
+    with pytest.raises(ValueError, match="vram_budget") as caught:
+        make_budget(FakeStreamer(), vram_budget="1GiB")
+    text = str(caught.value)
+    for part in ("1.00 GiB", "1.28 GiB", "512.00 MiB outside", "2 slots of 400.00 MiB", "before activations"):
+        assert part in text, part
+
+
+def test_a_budget_of_exactly_the_minimum_is_taken(card: FakeCard) -> None:
+    minimum_bytes = GIB // 2 + 800 * MIB
+    assert make_budget(FakeStreamer(), vram_budget=minimum_bytes).budget_bytes == minimum_bytes
+    with pytest.raises(ValueError, match="least that works"):
+        make_budget(FakeStreamer(), vram_budget=minimum_bytes - 1)
+
+
+def test_more_slots_need_more(card: FakeCard) -> None:
+    with pytest.raises(ValueError, match=r"3 slots of 400\.00 MiB"):
+        make_budget(FakeStreamer(num_slots=3), vram_budget=GIB // 2 + 800 * MIB)
+
+
+def test_a_budget_too_small_is_refused_on_a_cpu_too() -> None:
+    with pytest.raises(ValueError, match="least that works"):
+        make_budget(FakeStreamer(device=torch.device("cpu")), vram_budget="1GiB")
+
+
+# ---- how many, and when ----
+
+
+def test_min_keeps_nothing_resident(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="min")
+    train(budget, 6)
+    assert streamer.calls == []
+    assert budget.budget_bytes is None
+
+
+@pytest.mark.parametrize("vram_budget", ["auto", "min", "6GiB"])
+def test_on_a_cpu_nothing_is_made_resident(vram_budget: str) -> None:
+    streamer = FakeStreamer(device=torch.device("cpu"))
+    train(make_budget(streamer, vram_budget=vram_budget), 6)
+    assert streamer.calls == []
+
+
+def test_auto_fills_what_is_free_less_head_room(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer)
+    assert budget.budget_bytes == 15 * GIB - HEAD_ROOM_BYTES
+    card.reserved_bytes = 5 * GIB
+    train(budget, 3)
+    num_resident = int(9.5 * GIB) // (400 * MIB)
+    assert num_resident == 24
+    assert streamer.resident_layers == spread_evenly(24, 32)
+    assert 5 * GIB + num_resident * streamer.layer_bytes <= 15 * GIB - HEAD_ROOM_BYTES
+
+
+def test_a_stated_budget_is_filled_with_whole_layers_and_never_passed(card: FakeCard) -> None:
+    for reserved_bytes in (3 * GIB, int(4.7 * GIB), 6 * GIB - 400 * MIB, 6 * GIB - 400 * MIB + 1, 6 * GIB):
+        streamer = FakeStreamer()
+        budget = make_budget(streamer, vram_budget="6GiB")
+        card.reserved_bytes = reserved_bytes
+        train(budget, 3)
+        num_resident = len(streamer.resident_layers)
+        assert reserved_bytes + num_resident * streamer.layer_bytes <= 6 * GIB
+        assert reserved_bytes + (num_resident + 1) * streamer.layer_bytes > 6 * GIB
+
+
+def test_nothing_is_resident_before_two_updates_were_measured(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="6GiB")
+    for num_updates in range(4):
+        budget.before_training_step(4096)
+        assert bool(streamer.resident_layers) == (num_updates >= 2), num_updates
+        update()
+
+
+def test_micro_batches_of_one_update_do_not_count_as_steps(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="6GiB")
+    train(budget, 2, accumulation=8)
+    assert streamer.resident_layers == ()
+    budget.before_training_step(4096)
+    assert streamer.resident_layers != ()
+
+
+def test_the_set_is_chosen_once_and_left_alone(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    train(make_budget(streamer, vram_budget="6GiB"), 12)
+    assert len(streamer.calls) == 2  # none at the first batch, the set at the third
+    assert card.num_empties == 1
+
+
+def test_a_larger_batch_sends_every_layer_back_and_is_measured_again(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="6GiB")
+    train(budget, 3, num_tokens=1000)
+    first = streamer.resident_layers
+    budget.before_training_step(1001)
+    assert streamer.resident_layers == ()
+    assert card.num_empties == 2, "the memory that they took is still reserved"
+    update()
+    card.reserved_bytes += GIB
+    train(budget, 2, num_tokens=1001)
+    assert 0 < len(streamer.resident_layers) < len(first)
+
+
+def test_a_smaller_batch_changes_nothing(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="6GiB")
+    train(budget, 3, num_tokens=1000)
+    chosen = streamer.resident_layers
+    train(budget, 3, num_tokens=10)
+    train(budget, 3, num_tokens=1000)
+    assert streamer.resident_layers == chosen
+    assert len(streamer.calls) == 2
+
+
+def test_resident_layers_are_indices_of_layers_that_can_be_streamed(card: FakeCard) -> None:
+    streamer = FakeStreamer(4)
+    streamer.streamable_layers = (3, 5, 8, 13)
+    budget = make_budget(streamer, vram_budget=3 * GIB + 800 * MIB)
+    train(budget, 3)
+    assert streamer.resident_layers == tuple((3, 5, 8, 13)[i] for i in spread_evenly(2, 4))
+
+
+def test_a_budget_that_holds_every_layer_says_so(card: FakeCard, caplog: pytest.LogCaptureFixture) -> None:
+    streamer = FakeStreamer(4)
+    with caplog.at_level(logging.WARNING):
+        train(make_budget(streamer), 4)
+    assert streamer.resident_layers == (0, 1, 2, 3)
+    (record,) = caplog.records
+    assert "holds every layer" in record.getMessage()
+    assert "14.50 GiB" in record.getMessage()
+
+
+def test_a_step_that_passes_the_budget_with_nothing_resident_says_so_once(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="4GiB")
+    card.reserved_bytes = 5 * GIB
+    with pytest.warns(UserWarning, match="4096 tokens takes 5.00 GiB .* budget of 4.00 GiB") as caught:
+        train(budget, 8)
+    assert len(caught) == 1
+    assert streamer.resident_layers == ()
+
+
+def test_a_model_with_nothing_to_stream_divides_by_nothing(card: FakeCard) -> None:
+    streamer = FakeStreamer(0, layer_bytes=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(make_budget(streamer), 4)
+    assert streamer.resident_layers == ()
+
+
+def test_a_budget_that_is_gone_counts_no_more(card: FakeCard) -> None:
+    before = len(torch_optimizer._global_optimizer_post_hooks)
+    budget = make_budget(FakeStreamer(), vram_budget="6GiB")
+    assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
+    del budget
+    gc.collect()
+    assert len(torch_optimizer._global_optimizer_post_hooks) == before
+    update()
