@@ -149,7 +149,7 @@ def available_host_bytes() -> int:
     memory.current (cgroup 2) or memory.limit_in_bytes and memory.usage_in_bytes (cgroup 1), with the group's page cache
     counted as free.
     """
-    room = [psutil.virtual_memory().available]
+    room: list[int] = [psutil.virtual_memory().available]
     for folder, limit_name, usage_name, prefix in _cgroup_folders():
         limit_path = folder / limit_name
         if limit_path.exists() and (limit := limit_path.read_text().strip()) != "max":

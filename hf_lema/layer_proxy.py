@@ -50,8 +50,7 @@ class LayerProxy(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Always False, whoever sets it: the layer recomputes in any case, and a second recompute around it would
-        double the bytes."""
+        """Always False, whoever sets it: the layer recomputes in any case, a second time would double the bytes."""
         return False
 
     @gradient_checkpointing.setter
@@ -61,7 +60,8 @@ class LayerProxy(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # `.to(device)` moves what is registered; streamed tensors stay on the host.
         with self._lema.streamed_tensors_hidden():
-            return super()._apply(fn, recurse)
+            moved: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return moved
 
     def __deepcopy__(self, memo: object) -> nn.Module:
         raise TypeError(COPY_MESSAGE)
@@ -182,7 +182,8 @@ class ProxyState:
 
         A streamed tensor whose data was replaced (PiSSA, a merge with ``safe_merge``, an upcast) is copied back into
         the store and its slots are forgotten; one that was written to in place (``load_state_dict``) likewise. A write
-        through ``.data`` that no version counter shows is not seen. One that was unfrozen becomes resident before training has begun.
+        through ``.data`` that no version counter shows is not seen. One that was unfrozen becomes resident, before
+        training has begun.
 
         Raises:
             RuntimeError: A streamed tensor was unfrozen after training began.
@@ -225,8 +226,8 @@ class ProxyState:
         names = [t.name for t in promoted]
         if self.has_trained:
             raise RuntimeError(
-                f"layer {self.layer_idx}: {names} were unfrozen after training began; the optimizer does not know their "
-                "device copy. Set requires_grad before the first step"
+                f"layer {self.layer_idx}: {names} were unfrozen after training began; the optimizer does not know "
+                "their device copy. Set requires_grad before the first step"
             )
         for tensor in promoted:
             parameter = self.registered(tensor)
@@ -269,7 +270,9 @@ class ProxyState:
             self._micro_batches,
             hidden.shape[0],
         )
-        outputs = Recompute.apply(visit, hidden, *(parameter for _, _, parameter in trainables))
+        outputs = Recompute.apply(  # type: ignore[no-untyped-call]
+            visit, hidden, *(parameter for _, _, parameter in trainables)
+        )
         return visit.rebuild(outputs)
 
     def call_plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -277,7 +280,7 @@ class ProxyState:
         return self.plain_class.forward(self.layer, *args, **kwargs)
 
     def _bring_own_tensors_to(self, device: torch.device) -> None:
-        """Moves what is not streamed to the device: an adapter added after the wrap lies beside its base, on the host."""
+        """Moves what is not streamed to the device: PEFT puts a new adapter beside its base, on the host."""
         for _, _, parameter in self.own_parameters():
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
@@ -286,9 +289,7 @@ class ProxyState:
         """Positional arguments after the hidden states, with the names that the layer's forward gives them."""
         return list(zip([*self._argument_names[1:], *(["*args"] * len(args))], args, strict=False))
 
-    def _without_cache(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _without_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Drops the KV cache while gradients are on: the recompute would append to it a second time.
 
         Raises:
@@ -362,7 +363,7 @@ def graft_layer(state: ProxyState) -> None:
     """Makes the state's layer a proxy; see Note [graft]."""
     layer = state.layer
     object.__setattr__(layer, "_lema", state)
-    layer.__class__ = _proxy_class(state.plain_class)
+    layer.__class__ = _proxy_class(state.plain_class)  # type: ignore[arg-type]
 
 
 def ungraft_layer(layer: nn.Module) -> None:

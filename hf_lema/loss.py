@@ -62,7 +62,7 @@ class ChunkedLoss:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; with labels and more tokens than a chunk, the logits of its output are deferred."""
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        labels = kwargs.get("labels")
+        labels: Any = kwargs.get("labels")
         if not self._can_cut(labels, kwargs):
             return self._plain_forward(self._lm, **kwargs)
         backbone_kwargs = {**kwargs, "labels": None, "logits_to_keep": 1}
@@ -193,10 +193,10 @@ class DeferredLogits(torch.Tensor):
         cls, make: Callable[[], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> DeferredLogits:
         """A stand-in for what ``make`` returns, of the given shape, dtype and device."""
-        deferred = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        deferred = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         deferred._make = make
         deferred._made = None
-        return deferred  # type: ignore[no-any-return]
+        return deferred
 
     def made(self) -> torch.Tensor:
         """The real logits."""
@@ -216,7 +216,9 @@ class DeferredLogits(torch.Tensor):
         return func(*_with_real(args), **_with_real(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*_with_real(args), **_with_real(kwargs or {}))
 
 

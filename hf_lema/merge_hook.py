@@ -72,5 +72,3 @@ def remove_merge_hooks(state: ProxyState) -> None:
     for module in state.layer.modules():
         if isinstance(module.__dict__.get("_hf_hook"), MergeHook):
             del module.__dict__["_hf_hook"]
-
-

@@ -53,9 +53,7 @@ class Piece:
 
     def cut_named(self, named: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """`cut` for those arguments that are known to be cut."""
-        return {
-            name: self.cut(value, batch_size) if name in CUT_ARGUMENTS else value for name, value in named.items()
-        }
+        return {name: self.cut(value, batch_size) if name in CUT_ARGUMENTS else value for name, value in named.items()}
 
 
 class MicroBatches:
@@ -101,15 +99,16 @@ class MicroBatches:
 
 
 def _known(named: Mapping[str, Any]) -> bool:
-    """Whether every argument with tensors is one that is known to be cut or to pass whole."""
+    """Whether every argument with tensors is one that is known to be cut or to pass whole; scalars always may."""
     return all(
-        name in CUT_ARGUMENTS or name in WHOLE_ARGUMENTS or not any(_tensors(value)) for name, value in named.items()
+        name in CUT_ARGUMENTS or name in WHOLE_ARGUMENTS or all(tensor.dim() == 0 for tensor in _tensors(value))
+        for name, value in named.items()
     )
 
 
-def _tensors(value: Any) -> Iterator[bool]:
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield True
+        yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)

@@ -121,9 +121,7 @@ def choose_store(
     return DiskStore(layouts, dict(zip(layouts, spans, strict=True)), device, files=files, **ring_bytes)
 
 
-def fill_from_model(
-    store: HostStore, streamed: Mapping[int, tuple[LayerLayout, tuple[StreamedTensor, ...]]]
-) -> None:
+def fill_from_model(store: HostStore, streamed: Mapping[int, tuple[LayerLayout, tuple[StreamedTensor, ...]]]) -> None:
     """Moves a built model's tensors into the store; the same Parameter objects then rest on its memory."""
     assert isinstance(store, RamStore)
     with torch.no_grad():
@@ -165,4 +163,3 @@ def _register(layer: nn.Module, name: str, view: torch.Tensor) -> StreamedTensor
     owner = layer.get_submodule(path)
     owner._parameters[attribute] = nn.Parameter(view, requires_grad=False)
     return StreamedTensor(name, owner, attribute)
-

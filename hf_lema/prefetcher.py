@@ -83,8 +83,8 @@ class Prefetcher:
                 num_free = self._pool.num_not_leased
                 if num_free == 0:
                     raise RuntimeError(
-                        f"layer {layer_idx} was asked for while all {len(self._pool.slots)} slots are leased: one layer "
-                        "runs inside another, which streaming does not support"
+                        f"layer {layer_idx} was asked for while all {len(self._pool.slots)} slots are leased: one "
+                        "layer runs inside another, which streaming does not support"
                     )
                 others = [i for i in self._wanted if i != layer_idx]
                 self._wanted = [layer_idx, *others][:num_free]
@@ -92,8 +92,8 @@ class Prefetcher:
                 slot = self._pool.find(layer_idx)
             elif slot.state is SlotState.LEASED:
                 raise RuntimeError(
-                    f"layer {layer_idx} was asked for while a visit of it is under way: it runs inside itself, or in two "
-                    "threads at once, which streaming does not support"
+                    f"layer {layer_idx} was asked for while a visit of it is under way: it runs inside itself, or in "
+                    "two threads at once, which streaming does not support"
                 )
             while slot is None or slot.state is not SlotState.READY:
                 self._changed.wait(_MAX_WAIT_S)
@@ -178,7 +178,7 @@ class Prefetcher:
                     return
             try:
                 self._fill(*fill)
-            except BaseException as error:  # carried to the training thread, whatever it is; `take` raises it
+            except BaseException as error:  # noqa: BLE001 - carried to the training thread; `take` raises it
                 with self._changed:
                     self._pool.discard(fill[1])
                     self._error = error

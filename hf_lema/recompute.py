@@ -160,7 +160,9 @@ class Visit:
         wanted = ([hidden] if hidden.requires_grad else []) + list(trainables)
         if not pairs:
             return [None] * (1 + len(trainables))
-        grads = list(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        grads: list[torch.Tensor | None] = list(
+            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        )
         return grads if hidden.requires_grad else [None, *grads]
 
     def _tensors_of(self, output: Any) -> tuple[torch.Tensor, ...]:

@@ -101,7 +101,7 @@ class VramBudget:
             self._max_tokens, self._num_updates, self._measured = num_tokens, 0, False
             self._streamer.set_resident(())
             # Reserved memory then grows back to what the step needs; rare, and never inside a step.
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a longer batch comes
         if not self._measured and self._num_updates >= _NUM_MEASURED_UPDATES:
             self._measured = True
             self._fill(self.budget_bytes, torch.cuda.memory_reserved(self._streamer.device))
@@ -112,7 +112,8 @@ class VramBudget:
         if spare_bytes < 0:
             warnings.warn(
                 f"a step of {self._max_tokens} tokens takes {format_bytes(reserved_bytes)} of VRAM with every layer "
-                f"streamed, more than the budget of {format_bytes(budget_bytes)}. Use a smaller batch or shorter sequences",
+                f"streamed, more than the budget of {format_bytes(budget_bytes)}. Use a smaller batch or shorter "
+                "sequences",
                 stacklevel=2,
             )
         num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))

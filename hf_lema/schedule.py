@@ -77,7 +77,7 @@ def transfers_per_step(layers: Sequence[int], num_layers: int, num_slots: int, l
     streamed = set(layers)
     held: set[int] = set()
     count = 0
-    for step in range(3):
+    for _ in range(3):  # the first two fill the slots; the third repeats for good
         count = 0
         visits = [(i, Direction.FORWARD) for i in range(num_layers)]
         visits += [(i, Direction.BACKWARD) for i in reversed(range(lowest, num_layers))]

@@ -109,9 +109,7 @@ class SlotPool:
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
-        self.slots = [
-            Slot(i, torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for i in range(num_slots)
-        ]
+        self.slots = [Slot(i, torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for i in range(num_slots)]
 
     def find(self, layer_idx: int) -> Slot | None:
         """The slot that holds or is being filled with the layer."""

@@ -30,7 +30,7 @@ class StreamerStats:
     Attributes:
         num_hits: Visits whose layer had been asked for before.
         num_demand_loads: Visits that had to ask for their layer.
-        wait_s: Seconds that visits waited for a layer: the host in the prefetcher, and the compute stream on the device.
+        wait_s: Seconds that visits waited for a layer: the host in the prefetcher, the compute stream on the device.
         disk_bytes: Bytes read from files.
         h2d_bytes: Bytes sent from the host to the device.
     """

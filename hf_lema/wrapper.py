@@ -23,14 +23,13 @@ from hf_lema.layer_proxy import (
     refuse_lost_outputs,
     ungraft_layer,
 )
-from hf_lema.loss import ChunkedLoss
 from hf_lema.loading import build_skeleton, find_decoder_layers
-from hf_lema.micro_batch import MicroBatches
+from hf_lema.loss import ChunkedLoss
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
+from hf_lema.micro_batch import MicroBatches
 from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_model, streamed_tensors
 from hf_lema.residency import VramBudget
 from hf_lema.streamer import LayerStreamer
-
 
 AUTO_MICRO_BATCH_TOKENS = 2048
 """Tokens of a piece under ``vram_budget="min"``: with 1024 a 7B layer on an H100 is bound by kernel launches (0.99 s a
@@ -88,7 +87,7 @@ class LemaModelWrapper(nn.Module):
         fill_from_model(store, streamed)
         places = {i: tensors for i, (_, tensors) in streamed.items()}
         _assemble(lm, list(layers), places, LayerStreamer(store, target, len(layers), config.num_slots), config)
-        lm.to(target)
+        model.to(target)
         try:
             _runtime_of(lm).start_budget()
         except ValueError:
@@ -180,11 +179,11 @@ class LemaModelWrapper(nn.Module):
                     f"a wrapped model cannot be cast from {dtype} to {cast}: its layers lie in a store of that dtype. "
                     f"Load it as from_pretrained(..., dtype={cast}), or LemaModelWrapper.unwrap(model) first"
                 )
-        return super()._apply(fn, recurse)
+        moved: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def enable_input_require_grads(self) -> None:
-        """Does nothing: a streamed layer's gradients flow without it, and it would pull the backward, and with it
-        every layer below the lowest trainable one, down to the embedding."""
+        """Does nothing: gradients flow without it, and it would pull the backward down to the embedding."""
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -271,7 +270,7 @@ def _assemble(
     for state in states:
         graft_layer(state)
         install_merge_hooks(state)
-    lm.__class__ = _wrapped_class(type(lm))
+    lm.__class__ = _wrapped_class(type(lm))  # type: ignore[arg-type]
 
 
 def _micro_batches(config: LemaConfig, device: torch.device) -> MicroBatches:
@@ -353,13 +352,14 @@ def _refuse_unfit(lm: PreTrainedModel) -> None:
     ]
     if packed:
         raise ValueError(
-            f"{len(packed)} parameters are quantized or of a kind that cannot be streamed: {', '.join(packed[:8])}; wrap "
-            "the full-precision model"
+            f"{len(packed)} parameters are quantized or of a kind that cannot be streamed: {', '.join(packed[:8])}; "
+            "wrap the full-precision model"
         )
-    if getattr(lm, "hf_device_map", None) is not None and len(set(lm.hf_device_map.values())) > 1:  # type: ignore[arg-type]
+    device_map: Any = getattr(lm, "hf_device_map", None)
+    if device_map is not None and len(set(device_map.values())) > 1:
         raise ValueError(
-            f"accelerate has spread this model over {sorted(map(str, set(lm.hf_device_map.values())))}; load it "  # type: ignore[arg-type]
-            "without device_map, or with LemaModelWrapper.from_pretrained"
+            f"accelerate has spread this model over {sorted(map(str, set(device_map.values())))}; load it without "
+            "device_map, or with LemaModelWrapper.from_pretrained"
         )
     meta = [name for name, parameter in lm.named_parameters() if parameter.is_meta]
     if meta:
@@ -375,8 +375,8 @@ def _refuse_bf16_without_hardware(lm: PreTrainedModel, device: torch.device) -> 
     if any(parameter.dtype == torch.bfloat16 for parameter in lm.parameters()):
         major, minor = torch.cuda.get_device_capability(device)
         raise ValueError(
-            f"the model is in bfloat16, which {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) "
-            "only emulates; load it with dtype=torch.float16 and train with fp16=True"
+            f"the model is in bfloat16, which {torch.cuda.get_device_name(device)} (compute capability "
+            f"{major}.{minor}) only emulates; load it with dtype=torch.float16 and train with fp16=True"
         )
 
 

@@ -42,21 +42,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="hub id or folder; by default SmolLM2-135M-Instruct, fetched and cached")
     parser.add_argument("--dataset", help="hub id, .jsonl or .csv; by default 5,000 [LEMA_REPLY] examples")
     parser.add_argument("--contenders", nargs="+", type=_names, default=[CONTENDERS], help=", ".join(CONTENDERS))
-    parser.add_argument("--batch-size", type=_positive, default=4)
+    parser.add_argument("--batch-size", type=_positive, default=2)
     parser.add_argument("--seq-len", type=_positive, default=96, help="tokens an example")
-    parser.add_argument("--max-steps", type=_positive, default=10)
+    parser.add_argument("--max-steps", type=_positive, default=12)
     parser.add_argument("--lora-rank", type=_positive, default=16, help="alpha is twice the rank")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--vram-limit", type=_byte_size, help="hold every contender to a smaller card, such as 16GiB")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("duel-output"))
-    parser.add_argument("--quick", action="store_true", help=f"a smoke run: {QUICK}")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one example a step, four steps")
     parser.add_argument("--limit-s", type=_positive, default=6 * 3600, help="a contender that takes longer is stopped")
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     args.contenders = list(dict.fromkeys(name for names in args.contenders for name in names))
-    if args.quick:
-        vars(args).update(QUICK)
     args.device = _choose_device(args.device, parser)
     if args.vram_limit is not None and args.device == "cpu":
         parser.error("--vram-limit needs a GPU; this duel runs on the CPU")
@@ -232,9 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         print("No GPU takes part: memory is compared in RAM, above what the imports take; lema streams from disk.")
         print(
-            "RAM in the table is private RAM. A stock model's weights lie in pages of the mapped checkpoint beside it,"
+            "RAM is private RAM. A stock model's weights lie in pages of its mapped checkpoint, which fill RAM too, but"
         )
-        print("which fill RAM too, but which the kernel may drop and read again: the notes give the sum of both.")
+        print("which the kernel may drop and must read again: the notes give resident RAM, the sum of both.")
     setup_s = time.perf_counter() - start_s
     outcomes = run_duel(args, source)
     write_results(args, source, outcomes)

@@ -7,6 +7,7 @@ each thing that draws, so that two runs differ only in what the test varies.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,8 @@ def arguments(output_dir: Path, **overrides: Any) -> TrainingArguments:
     if not TRANSFORMERS_5 and "gradient_checkpointing_kwargs" not in overrides:
         # The default there is reentrant checkpointing, with which a stock PeftModel on a frozen embedding trains nothing.
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    # A run in bf16 leaves it set (transformers 4.57), and every later run of the process would be in bf16 too.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     return TrainingArguments(**(fields | overrides))
 
 

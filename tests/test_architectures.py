@@ -74,9 +74,7 @@ def test_wrapped_model_trains_as_the_resident_one(
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loaded_model_trains_as_the_resident_one(
-    architecture: str, precision: str, tier: str, tmp_path: Path
-) -> None:
+def test_loaded_model_trains_as_the_resident_one(architecture: str, precision: str, tier: str, tmp_path: Path) -> None:
     build(architecture, dtype=DTYPES[precision]).save_pretrained(tmp_path / "saved")
     model = load(tmp_path / "saved", TIERS[tier])
     assert not model.training
@@ -137,9 +135,7 @@ def test_adapter_trained_on_a_loaded_model_answers_alike_on_a_plain_one_and_merg
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 @pytest.mark.parametrize("tier", TIERS)
-def test_initialisation_that_changes_base_weights_is_kept_on_both_tiers(
-    method: str, tier: str, tmp_path: Path
-) -> None:
+def test_initialisation_that_changes_base_weights_is_kept_on_both_tiers(method: str, tier: str, tmp_path: Path) -> None:
     build().save_pretrained(tmp_path / "saved")
     resident = prepare(STOCK, build(), lora(init_lora_weights=method))
     expected = train(resident, tmp_path, gradient_checkpointing=True)

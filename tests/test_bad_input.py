@@ -231,7 +231,9 @@ def test_torch_save_of_a_wrapped_model_is_refused_but_not_of_its_state(tmp_path:
 
 
 @pytest.mark.parametrize("of_peft_model", [False, True])
-def test_data_parallel_is_refused_with_the_line_that_helps(of_peft_model: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_is_refused_with_the_line_that_helps(
+    of_peft_model: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Two visible devices, as DataParallel sees them, on a machine without any. Streamed weights rest on the host, which
     # is not the first device, just as here.
     model = prepare(WRAP_THEN_PEFT)
@@ -656,9 +658,7 @@ def test_interrupted_trainer_run_can_be_run_again(tmp_path: Path) -> None:
     expected = train(resident, tmp_path, gradient_checkpointing=True)
     with closing(prepare(WRAP_THEN_PEFT)) as model:
         with raising(model, 2, 1, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-            RecordingTrainer(
-                model=model, args=arguments(tmp_path), train_dataset=examples()
-            ).train()
+            RecordingTrainer(model=model, args=arguments(tmp_path), train_dataset=examples()).train()
         model.zero_grad()
         assert_same_run(train(model, tmp_path), expected)
 

@@ -280,7 +280,11 @@ def trl_fields(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
 
 def logged(trainer: Any) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in log.items() if k in ("loss", "grad_norm", "mean_token_accuracy", "entropy", "rewards/margins")}
+        {
+            k: v
+            for k, v in log.items()
+            if k in ("loss", "grad_norm", "mean_token_accuracy", "entropy", "rewards/margins")
+        }
         for log in trainer.state.log_history
         if "loss" in log
     ]

@@ -93,16 +93,16 @@ def test_fp16_run_scales_its_gradients_and_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_checkpointing_and_with_sdpa_the_run_lies_within_the_spread_of_stock(dtype: str, tmp_path: Path) -> None:
+def test_without_checkpointing_and_with_sdpa_the_run_lies_within_the_spread_of_stock(
+    dtype: str, tmp_path: Path
+) -> None:
     torch.use_deterministic_algorithms(False)
 
     def losses(order: str) -> torch.Tensor:
         model = on_gpu(order, big(dtype=DTYPES[dtype], attn_implementation="sdpa"))
         with closing(model):
             checkpointing = order == STOCK
-            return train(
-                model, tmp_path, max_steps=10, gradient_checkpointing=checkpointing, **{dtype: True}
-            ).losses
+            return train(model, tmp_path, max_steps=10, gradient_checkpointing=checkpointing, **{dtype: True}).losses
 
     stock = torch.stack([losses(STOCK) for _ in range(4)])
     spread = (stock.max(0).values - stock.min(0).values).max()
@@ -135,10 +135,14 @@ def test_peft_methods_are_equal(method: str, tmp_path: Path) -> None:
         resident = makers[0]().to("cuda")
         streamed = LemaModelWrapper.wrap(makers[1](), MIN, device="cuda").to("cuda")
     else:
-        resident, streamed = on_gpu(STOCK, None, lora(**fields)), on_gpu(WRAP_THEN_PEFT, None, lora(**fields))
+        # The saved modules train in the model's dtype; GradScaler refuses fp16, so they are in bf16.
+        dtype = torch.bfloat16 if method == "modules_to_save" else torch.float16
+        resident = on_gpu(STOCK, big(dtype=dtype), lora(**fields))
+        streamed = on_gpu(WRAP_THEN_PEFT, big(dtype=dtype), lora(**fields))
+    precision = {"bf16" if method == "modules_to_save" else "fp16": True}
     with closing(streamed):
-        expected = train(resident, tmp_path, fp16=True, gradient_checkpointing=True)
-        assert_same_run(train(streamed, tmp_path, fp16=True), expected)
+        expected = train(resident, tmp_path, **precision, gradient_checkpointing=True)
+        assert_same_run(train(streamed, tmp_path, **precision), expected)
 
 
 def test_generate_and_evaluation_between_steps_are_equal(tmp_path: Path) -> None:
@@ -266,9 +270,9 @@ def test_device_holds_what_is_not_streamed_and_the_slots_and_gives_it_all_back(t
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     model = big(num_layers=12)
-    other_bytes = sum(
-        t.numel() * t.element_size() for n, t in model.state_dict().items() if ".layers." not in n
-    ) + 65536
+    other_bytes = (
+        sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".layers." not in n) + 65536
+    )
     LemaModelWrapper.wrap(model, MIN, device="cuda")
     streamer = get_streamer(model)
     slots_bytes = streamer.num_slots * streamer.layer_bytes

@@ -31,8 +31,13 @@ def gradients(tiny_llama: Any, micro_batch_size: int) -> tuple[torch.Tensor, dic
     torch.manual_seed(3)
     peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     peft.train()
-    loss = peft(**batch()).loss
+    rows: list[int] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[0]))
+    inputs = batch()
+    # Trainer hands its token count down to the layers; a scalar must not keep the batch whole.
+    loss = peft(**inputs, num_items_in_batch=(inputs["labels"][:, 1:] != -100).sum()).loss
     loss.backward()
+    assert max(rows) == min(micro_batch_size or 5, 5)
     streamer = get_streamer(peft)
     streamer.close()
     grads = {n: p.grad.double() for n, p in peft.named_parameters() if p.grad is not None}
@@ -77,7 +82,12 @@ def test_one_large_batch_in_pieces_is_accumulation_with_an_eighth_of_the_bytes(t
 
 def test_only_arguments_with_a_batch_dimension_are_cut() -> None:
     mask, shared, flat = torch.zeros(4, 1, 3, 3), torch.zeros(1, 3), torch.zeros(4)
-    named = {"attention_mask": mask, "position_ids": shared, "cache_position": flat, "position_embeddings": (mask, shared)}
+    named = {
+        "attention_mask": mask,
+        "position_ids": shared,
+        "cache_position": flat,
+        "position_embeddings": (mask, shared),
+    }
     cut = Piece(1, 3).cut_named(named, 4)
     assert cut["attention_mask"].shape[0] == 2
     assert cut["position_embeddings"][0].shape[0] == 2

@@ -311,7 +311,8 @@ def test_merge_and_unload_gives_the_logits_of_the_resident_model_and_streams_on(
         # A new adapter on the merged base trains as it does on the resident one.
         again, resident_again = adapt(merged.train(), seed=8), adapt(expected.train(), seed=8)
         assert_same_run(
-            train(again, tmp_path, max_steps=2), train(resident_again, tmp_path, max_steps=2, gradient_checkpointing=True)
+            train(again, tmp_path, max_steps=2),
+            train(resident_again, tmp_path, max_steps=2, gradient_checkpointing=True),
         )
 
 

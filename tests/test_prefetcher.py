@@ -190,6 +190,33 @@ def test_a_layer_can_be_taken_beside_a_leased_one_when_the_other_slot_holds_a_wa
         assert holds(outer, store, 4)
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_layer_that_is_under_way_but_no_longer_wanted_is_not_lost_when_taken(num_slots: int) -> None:
+    with prefetching(num_slots=num_slots) as (prefetcher, store, _):
+        store.gate.clear()
+        prefetcher.want([5])
+        store.wait_until_started(5)
+        prefetcher.want([2, 3])
+        result = in_thread(lambda: prefetcher.take(5))
+        with prefetcher._changed:
+            assert prefetcher._changed.wait_for(lambda: prefetcher.num_hits == 1, MAX_WAIT_S)
+        store.gate.set()
+        assert holds(result(), store, 5)
+
+
+def test_a_take_that_waits_is_not_lost_when_somebody_else_wants_other_layers() -> None:
+    with prefetching(num_slots=1) as (prefetcher, store, _):
+        store.gate.clear()
+        prefetcher.want([0])
+        store.wait_until_started(0)
+        result = in_thread(lambda: prefetcher.take(5))
+        with prefetcher._changed:
+            assert prefetcher._changed.wait_for(lambda: prefetcher.num_demand_loads == 1, MAX_WAIT_S)
+        prefetcher.want([2])
+        store.gate.set()
+        assert holds(result(), store, 5)
+
+
 # ---- invalidation ----
 
 

@@ -260,6 +260,12 @@ def test_options_that_cannot_be_used_are_refused_with_the_reason(options, messag
     assert message in capsys.readouterr().err
 
 
+def test_quick_changes_defaults_and_not_what_was_asked_for():
+    args = compare_peft.parse_arguments(["--quick", "--max-steps", "6", "--contenders", "peft,lema", "qlora"])
+    assert (args.batch_size, args.max_steps) == (compare_peft.QUICK["batch_size"], 6)
+    assert args.contenders == ["peft", "lema", "qlora"]
+
+
 def test_cold_measurement_is_refused_without_the_disk_tier(capsys):
     with pytest.raises(SystemExit):
         bench_step.parse_arguments(["--shape", "tiny", "--contender", "lema", "--cold"])

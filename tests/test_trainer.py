@@ -176,9 +176,7 @@ def test_checkpointing_turned_on_before_the_wrap_is_absorbed(use_reentrant: bool
     peft_model = prepare(STOCK, model)
     model._set_gradient_checkpointing(
         True,
-        gradient_checkpointing_func=lambda *args: torch.utils.checkpoint.checkpoint(
-            *args, use_reentrant=use_reentrant
-        ),
+        gradient_checkpointing_func=lambda *args: torch.utils.checkpoint.checkpoint(*args, use_reentrant=use_reentrant),
     )
     with closing(LemaModelWrapper.wrap(peft_model, device="cpu")):
         train(peft_model, tmp_path, max_steps=1)
@@ -221,9 +219,7 @@ def evaluated(order: str, output_dir: Path) -> tuple[Any, list[dict[str, float]]
             gradient_checkpointing=order == STOCK,
             prediction_loss_only=False,
         )
-        trainer = RecordingTrainer(
-            model=model, args=args, train_dataset=examples(), eval_dataset=examples(6, seed=9)
-        )
+        trainer = RecordingTrainer(model=model, args=args, train_dataset=examples(), eval_dataset=examples(6, seed=9))
         trainer.train()
         evaluations = [
             {name: value for name, value in log.items() if name == "eval_loss"}

@@ -539,9 +539,11 @@ def test_a_loss_on_one_hidden_state_alone_trains_the_layers_below_it_alone() -> 
 @pytest.mark.parametrize("peft_class", [PromptTuningConfig, PromptEncoderConfig])
 @pytest.mark.parametrize("order", ORDERS)
 def test_prompts_learned_through_frozen_layers_get_equal_gradients(peft_class: Any, order: str) -> None:
-    config = peft_class(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16) if (
-        peft_class is PromptEncoderConfig
-    ) else peft_class(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    config = (
+        peft_class(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16)
+        if (peft_class is PromptEncoderConfig)
+        else peft_class(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
 
     def use(model: nn.Module) -> list[torch.Tensor]:
         return [forward_backward(model)]
