@@ -20,10 +20,10 @@ class LemaConfig:
             tier.
         num_slots: Device buffers of one layer each that streamed layers share; at least 2 (one computes while the
             next is filled).
-        micro_batch_size: Sequences that a layer computes on at a time during one visit: its activations are those of
-            so many sequences, and it crosses the bus once for the whole batch. ``"auto"`` cuts under
-            ``vram_budget="min"`` on a GPU and nowhere else; 0 never cuts. Cutting changes the order in which adapter
-            gradients are summed, and which random numbers dropout draws.
+        micro_batch_size: Sequences that a layer computes on at a time during one visit; 0 for the whole batch. The
+            layer's activations are then those of so many sequences, and it still crosses the bus once for the whole
+            batch. Cutting changes the order in which adapter gradients are summed, and which random numbers dropout
+            draws.
 
     Raises:
         ValueError: If a budget cannot be read or is not positive, or ``num_slots`` is below 2.
@@ -32,14 +32,14 @@ class LemaConfig:
     vram_budget: str | int = "auto"
     ram_budget: str | int = "auto"
     num_slots: int = 2
-    micro_batch_size: int | str = "auto"
+    micro_batch_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vram_budget", "ram_budget"):
             self._bytes_of(name)
         size = self.micro_batch_size
-        if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise ValueError(f'micro_batch_size must be "auto" or a number of sequences, 0 for all, got {size!r}')
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"micro_batch_size must be a number of sequences, 0 for the whole batch, got {size!r}")
         if isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
             raise ValueError(f"num_slots must be a whole number, got {self.num_slots!r}")
         if self.num_slots < 2:

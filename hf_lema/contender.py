@@ -49,6 +49,9 @@ class ContenderResult:
         ram_private_above_imports_peak_bytes: Largest private RAM (anonymous and shared pages), less what the imports,
             the device context and the model skeleton took.
         ram_file_peak_bytes: Largest use by pages of mapped files.
+        ram_resident_above_imports_peak_bytes: Largest resident RAM, pages of mapped files included, less what the
+            imports took; given where no card takes part. A stock model on the CPU computes from its mapped checkpoint:
+            private RAM alone would leave its weights out.
         h2d_bytes: Layer bytes moved to the device in each step; empty when nothing is streamed.
         disk_bytes: Layer bytes read from disk in each step, likewise.
         wait_s: Time in all steps together that compute waited for layers.
@@ -74,6 +77,7 @@ class ContenderResult:
     vram_process_peak_bytes: int | None = None
     ram_private_above_imports_peak_bytes: int | None = None
     ram_file_peak_bytes: int | None = None
+    ram_resident_above_imports_peak_bytes: int | None = None
     h2d_bytes: Sequence[int] = ()
     disk_bytes: Sequence[int] = ()
     wait_s: float | None = None

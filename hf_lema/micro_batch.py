@@ -61,12 +61,10 @@ class MicroBatches:
 
     Args:
         micro_batch_size: Sequences in a piece; 0 to cut nothing.
-        max_tokens: Instead, as many sequences as have at most this many tokens together; 0 for no such rule.
     """
 
-    def __init__(self, micro_batch_size: int = 0, max_tokens: int = 0) -> None:
+    def __init__(self, micro_batch_size: int) -> None:
         self._micro_batch_size = micro_batch_size
-        self._max_tokens = max_tokens
         self._may_cut: dict[type[nn.Module], bool] = {}
 
     def pieces(
@@ -86,8 +84,6 @@ class MicroBatches:
         """
         batch_size = hidden.shape[0]
         size = self._micro_batch_size
-        if not size and self._max_tokens and hidden.dim() == 3:
-            size = max(1, self._max_tokens // hidden.shape[1])
         whole = [Piece(0, batch_size)]
         if not size or batch_size <= size or hidden.dim() != 3 or not _known(named):
             return whole

@@ -139,6 +139,7 @@ class Prefetcher:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
         self._copy_stream.synchronize()
+        self._pool.slots.clear()  # the device memory goes back now, not when the last reference to this object does
 
     def _check_alive(self, layer_idx: int) -> None:
         if self._error is not None:

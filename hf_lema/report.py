@@ -51,6 +51,7 @@ class Row:
         vram_reserved_peak_bytes: By torch's allocator.
         vram_process_peak_bytes: By the process.
         ram_private_above_imports_peak_bytes: Private RAM above what the imports took.
+        ram_resident_above_imports_peak_bytes: The same with the pages of mapped files; where no card takes part.
         ram_file_peak_bytes: Pages of mapped files.
         h2d_per_step_bytes: Mean of the layer bytes that a step moved.
         verdict: What may be said against the baseline, in one line.
@@ -67,6 +68,7 @@ class Row:
     vram_reserved_peak_bytes: int | None
     vram_process_peak_bytes: int | None
     ram_private_above_imports_peak_bytes: int | None
+    ram_resident_above_imports_peak_bytes: int | None
     ram_file_peak_bytes: int | None
     h2d_per_step_bytes: float | None
     verdict: str
@@ -92,6 +94,7 @@ def _row(result: ContenderResult, baseline: ContenderResult | None) -> Row:
         vram_reserved_peak_bytes=result.vram_reserved_peak_bytes,
         vram_process_peak_bytes=result.vram_process_peak_bytes,
         ram_private_above_imports_peak_bytes=result.ram_private_above_imports_peak_bytes,
+        ram_resident_above_imports_peak_bytes=result.ram_resident_above_imports_peak_bytes,
         ram_file_peak_bytes=result.ram_file_peak_bytes,
         h2d_per_step_bytes=sum(result.h2d_bytes) / len(result.h2d_bytes) if result.h2d_bytes else None,
         verdict=verdict(result, baseline).text,
@@ -128,6 +131,7 @@ _COLUMNS = (
     _Column(head="VRAM reserved GiB", field="vram_reserved_peak_bytes", write=_write_gib, is_brief=False),
     _Column(head="VRAM process GiB", field="vram_process_peak_bytes", write=_write_gib, is_brief=False),
     _Column(head="RAM GiB", field="ram_private_above_imports_peak_bytes", write=_write_gib),
+    _Column(head="resident GiB", field="ram_resident_above_imports_peak_bytes", write=_write_gib),
     _Column(head="file pages GiB", field="ram_file_peak_bytes", write=_write_gib, is_brief=False),
     _Column(head="moved GiB/step", field="h2d_per_step_bytes", write=_write_gib, is_brief=False),
 )
@@ -213,7 +217,10 @@ def _results_section(rows: Sequence[Row], baseline_name: str) -> list[str]:
         "shared pages) above what the imports took; pages of mapped files stand apart. A GiB is 2**30 bytes."
     )
     if all(row.vram_allocated_peak_bytes is None for row in rows):
-        legend += " No GPU took part, so memory is compared in RAM."
+        legend += (
+            " No GPU took part, so memory is compared in RAM. Resident: private RAM and pages of mapped files, above "
+            "the imports; a stock model's weights are such pages, which the kernel may drop and must read again."
+        )
     else:
         legend += " VRAM: largest use by tensors (`max_memory_allocated`)."
     verdicts = "\n".join(f"- **{row.name}**: {' '.join(row.verdict.split())}" for row in rows)

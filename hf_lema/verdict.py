@@ -35,7 +35,7 @@ class Comparison:
     """One figure of a contender against the baseline's.
 
     Attributes:
-        quantity: ``step``, ``VRAM``, ``RAM`` or ``loss``.
+        quantity: ``step``, ``VRAM``, ``RAM``, ``resident RAM`` or ``loss``.
         ratio: Contender over baseline; ``None`` where nothing may be said, or a ratio means nothing.
         text: What may be said, for a person.
     """
@@ -65,7 +65,8 @@ def verdict(result: ContenderResult, baseline: ContenderResult | None) -> Verdic
 
     - **step**: medians of the steps after the warm-up. The noise is the larger interquartile range of the two; with
       fewer than 4 timed steps in either there is no verdict.
-    - **VRAM** (allocated peak) and **RAM** (private peak above imports): the larger of 32 MiB and 2 % of the larger
+    - **VRAM** (allocated peak), **RAM** (private peak above imports) and **resident RAM** (the same with the pages of
+      mapped files, where no card takes part): the larger of 32 MiB and 2 % of the larger
       figure.
     - **loss**: no noise: either every step's loss is the same number, or the largest difference is stated. Where the
       batches were not the same, or a loss is not a number, that is said instead.
@@ -88,6 +89,11 @@ def verdict(result: ContenderResult, baseline: ContenderResult | None) -> Verdic
         _compare_memory("VRAM", result.vram_allocated_peak_bytes, baseline.vram_allocated_peak_bytes),
         _compare_memory(
             "RAM", result.ram_private_above_imports_peak_bytes, baseline.ram_private_above_imports_peak_bytes
+        ),
+        _compare_memory(
+            "resident RAM",
+            result.ram_resident_above_imports_peak_bytes,
+            baseline.ram_resident_above_imports_peak_bytes,
         ),
         _compare_loss(result, baseline),
     )

@@ -31,10 +31,6 @@ from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_mode
 from hf_lema.residency import VramBudget
 from hf_lema.streamer import LayerStreamer
 
-AUTO_MICRO_BATCH_TOKENS = 2048
-"""Tokens of a piece under ``vram_budget="min"``: with 1024 a 7B layer on an H100 is bound by kernel launches (0.99 s a
-step instead of 0.66 s), with 2048 it is not."""
-
 
 class LemaModelWrapper(nn.Module):
     """Makes a causal language model stream its decoder layers.
@@ -263,7 +259,7 @@ def _assemble(
     streamer: LayerStreamer,
     config: LemaConfig,
 ) -> None:
-    cut = _micro_batches(config, streamer.device)
+    cut = MicroBatches(config.micro_batch_size)
     flags = lm.config.get_text_config()
     states = [ProxyState(i, layer, streamer, places.get(i, ()), flags, cut) for i, layer in enumerate(layers)]
     lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config)
@@ -271,14 +267,6 @@ def _assemble(
         graft_layer(state)
         install_merge_hooks(state)
     lm.__class__ = _wrapped_class(type(lm))  # type: ignore[arg-type]
-
-
-def _micro_batches(config: LemaConfig, device: torch.device) -> MicroBatches:
-    if config.micro_batch_size != "auto":
-        return MicroBatches(int(config.micro_batch_size))
-    if config.vram_budget == "min" and device.type == "cuda":
-        return MicroBatches(max_tokens=AUTO_MICRO_BATCH_TOKENS)
-    return MicroBatches()
 
 
 @functools.cache

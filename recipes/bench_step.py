@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vram-budget", default="min", help='lema: "auto", "min", "6GiB" or bytes')
     parser.add_argument("--ram-budget", help='lema: "auto", "min", "2.4GiB" or bytes; by default as --tier says')
     parser.add_argument("--num-slots", type=int, default=2, help="lema")
-    parser.add_argument("--micro-batch-size", default="auto", help='lema: "auto", or sequences, 0 for the whole batch')
+    parser.add_argument("--micro-batch-size", type=int, default=0, help="lema: 0 for the whole batch")
     parser.add_argument("--tier", choices=("ram", "disk"), default="ram", help="lema: where layers must stream from")
     parser.add_argument("--checkpoint-dir", type=Path, help="keeps the random checkpoint; by default a temporary one")
     parser.add_argument("--cold", action="store_true", help="drop the files' pages before each pass; needs --tier disk")
@@ -109,12 +109,11 @@ def lema_config(args: argparse.Namespace) -> LemaConfig:
     """The budgets of the command line; the disk tier is asked for by the least RAM budget."""
     ram_budget = args.ram_budget or ("min" if args.tier == "disk" else "auto")
     budgets = [int(text) if text.isdigit() else text for text in (args.vram_budget, ram_budget)]
-    micro = args.micro_batch_size
     return LemaConfig(
         vram_budget=budgets[0],
         ram_budget=budgets[1],
         num_slots=args.num_slots,
-        micro_batch_size=int(micro) if micro.isdigit() else micro,
+        micro_batch_size=args.micro_batch_size,
     )
 
 

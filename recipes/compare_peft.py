@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             "RAM is private RAM. A stock model's weights lie in pages of its mapped checkpoint, which fill RAM too, but"
         )
-        print("which the kernel may drop and must read again: the notes give resident RAM, the sum of both.")
+        print("which the kernel may drop and must read again: resident RAM is the sum of both.")
     setup_s = time.perf_counter() - start_s
     outcomes = run_duel(args, source)
     write_results(args, source, outcomes)

@@ -33,7 +33,6 @@ from transformers.utils import logging as transformers_logging
 from hf_lema import MemoryTelemetryCallback, get_streamer
 from hf_lema.report import ContenderResult, UseSample
 from hf_lema.telemetry import MemorySampler, PeakMemory, ProcessMemory, environment_record, read_process_memory
-from hf_lema.units import format_bytes
 
 MAX_SAMPLES = 400
 """Points of the memory curve that are kept: more than a plot can show."""
@@ -165,18 +164,16 @@ def _train(
     )
     with telemetry:
         trainer.train()
-    assert isinstance(telemetry.peak, PeakMemory), "a finished training has a peak"
     details: dict[str, Any] = {
         "train_s": time.perf_counter() - start_s,
         "grad_norm": log.grad_norms,
         "adapter_end_sha256": adapter_sha256(model),
         "device_seen": str(trainer.args.device),
-        "ram_resident_above_imports_peak_bytes": telemetry.peak.ram_rss_peak_bytes - baseline.rss_bytes,
     }
     if task.name in LEMA_CONTENDERS:
         details |= streamer_details(model)
     result = make_result(task, model, log, telemetry, baseline, collator.digest(task.max_steps))
-    return dataclasses.replace(result, notes=_notes(task, details)), details
+    return dataclasses.replace(result, notes=_notes(details)), details
 
 
 def streamer_details(model: nn.Module) -> dict[str, Any]:
@@ -193,11 +190,8 @@ def streamer_details(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _notes(task: Task, details: dict[str, Any]) -> list[str]:
+def _notes(details: dict[str, Any]) -> list[str]:
     notes = []
-    if task.device == "cpu":
-        resident = format_bytes(details["ram_resident_above_imports_peak_bytes"])
-        notes.append(f"Resident RAM above the imports, pages of the mapped checkpoint included: {resident}.")
     if "tier" in details and details["num_streamed"] == 0:
         notes.append("The budget held every layer: nothing was streamed, so its figures say nothing of streaming.")
     elif "tier" in details:
@@ -233,6 +227,9 @@ def make_result(
         vram_process_peak_bytes=peak.vram_process_peak_bytes,
         ram_private_above_imports_peak_bytes=peak.ram_private_above_baseline_peak_bytes,
         ram_file_peak_bytes=peak.ram_file_peak_bytes,
+        ram_resident_above_imports_peak_bytes=(
+            peak.ram_rss_peak_bytes - baseline.rss_bytes if task.device == "cpu" else None
+        ),
         h2d_bytes=[record.h2d_bytes for record in records if record.h2d_bytes is not None],
         disk_bytes=[record.disk_bytes for record in records if record.disk_bytes is not None],
         wait_s=None if records[0].wait_s is None else sum(record.wait_s or 0.0 for record in records),

@@ -1,4 +1,4 @@
-"""A host store in memory whose reads wait for permission, and calls that may not hang: what the runtime's tests share."""
+"""What the runtime's tests share: a store in memory whose reads wait for permission, and calls that may not hang."""
 
 from __future__ import annotations
 
@@ -110,6 +110,9 @@ class FakeStore(HostStore):
     def mark_changed(self, layer_idx: int) -> None:
         self.changed.append(layer_idx)
 
+    def mark_if_changed(self, layer_idx: int) -> None:
+        self.changed.append(layer_idx)
+
     def close(self) -> None:
         self.num_closes += 1
         super().close()
@@ -142,6 +145,16 @@ def in_thread(call: Callable[[], T]) -> Callable[[], T]:
 def bounded(call: Callable[[], T]) -> T:
     """The value of a call that must not hang."""
     return in_thread(call)()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits, with a bound, for something that nobody announces."""
+    pause = threading.Event()
+    for _ in range(int(MAX_WAIT_S / 0.002)):
+        if condition():
+            return
+        pause.wait(0.002)
+    raise AssertionError("what was waited for does not come")
 
 
 def wait_until_idle(prefetcher: Prefetcher) -> None:

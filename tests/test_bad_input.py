@@ -1,4 +1,4 @@
-"""What cannot work is refused by name, what fails on the way surfaces with its cause, and afterwards nothing is lost."""
+"""What cannot work is refused by name, what fails surfaces with its cause, and afterwards nothing is lost."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from models import (
 )
 from peft import PrefixTuningConfig
 from torch import nn
+from transformers import Trainer
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
 from hf_lema.schedule import Direction
@@ -79,7 +80,7 @@ def assert_plain(model: nn.Module) -> None:
 
 
 def test_module_that_is_no_transformers_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a transformers model.*Linear"):
+    with pytest.raises(ValueError, match=r"expected a transformers model.*Linear"):
         LemaModelWrapper.wrap(nn.Linear(2, 2), device="cpu")
 
 
@@ -252,11 +253,13 @@ def test_data_parallel_is_refused_with_the_line_that_helps(
         assert_works_as_ever(model)
 
 
-def test_trainer_uses_one_of_two_visible_gpus_and_no_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_uses_one_of_two_visible_gpus_and_no_data_parallel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = prepare(WRAP_THEN_PEFT)
     with closing(model):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        args = TrainingArguments("unused", use_cpu=True, report_to=[])
+        args = arguments(tmp_path)
         args._n_gpu = 2  # what two visible GPUs without a launcher give
         trainer = Trainer(model=model, args=args)
         assert trainer.args.n_gpu == 1
@@ -318,9 +321,8 @@ def test_an_argument_that_needs_a_gradient_is_refused_by_name() -> None:
 
 def test_a_prefix_in_the_cache_with_gradients_is_refused_by_name() -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with closing(prepare(PEFT_THEN_WRAP, build(), config)) as model:
-        with pytest.raises(ValueError, match="past_key_values"):
-            model(**batch())
+    with closing(prepare(PEFT_THEN_WRAP, build(), config)) as model, pytest.raises(ValueError, match="past_key_values"):
+        model(**batch())
 
 
 def test_a_filled_cache_with_gradients_is_refused_and_left_alone() -> None:
@@ -458,9 +460,13 @@ def test_layers_nested_deeper_than_there_are_slots_are_refused_and_do_not_hang()
         streamer = get_streamer(model)
         with streamer.lease(0, Direction.FORWARD):
             pass
-        with streamer.lease(1, Direction.FORWARD), streamer.lease(0, Direction.FORWARD):
-            with pytest.raises(RuntimeError, match="slots are leased"), streamer.lease(2, Direction.FORWARD):
-                pass
+        with (
+            streamer.lease(1, Direction.FORWARD),
+            streamer.lease(0, Direction.FORWARD),
+            pytest.raises(RuntimeError, match="slots are leased"),
+            streamer.lease(2, Direction.FORWARD),
+        ):
+            pass
         with torch.no_grad():
             assert torch.equal(model.eval()(**batch()).logits, build().eval()(**batch()).logits)
 
@@ -499,8 +505,7 @@ def test_failure_of_the_prefetch_thread_surfaces_with_its_cause_and_leaves_no_th
         break_read(model, after)
         for _ in range(2):  # the second use says it again
             with pytest.raises(RuntimeError, match=r"prefetch thread failed; layer \d") as caught:
-                for _ in range(3):
-                    forward_backward(model)
+                [forward_backward(model) for _ in range(3)]
             assert isinstance(caught.value.__cause__, Broken)
         left = [t for t in set(threading.enumerate()) - before if "prefetcher" in t.name]
         for thread in left:

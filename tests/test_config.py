@@ -21,8 +21,16 @@ def test_defaults_decide_everything_by_themselves() -> None:
 @pytest.mark.parametrize("field", ["vram_budget", "ram_budget"])
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [("6GiB", 6 * GIB), ("2.4GiB", 24 * GIB // 10), ("512 MiB", GIB // 2), ("6GB", 6 * 10**9), (12345, 12345)]
-    + [("auto", None), ("min", None), ("1048576", 2**20)],
+    [
+        ("auto", None),
+        ("min", None),
+        ("6GiB", 6 * GIB),
+        ("2.4GiB", 24 * GIB // 10),
+        ("512 MiB", GIB // 2),
+        ("6GB", 6 * 10**9),
+        ("1048576", 2**20),
+        (12345, 12345),
+    ],
 )
 def test_budgets_are_read_as_bytes(field: str, budget: str | int, expected: int | None) -> None:
     assert getattr(LemaConfig(**{field: budget}), f"{field}_bytes") == expected
@@ -53,6 +61,17 @@ def test_fewer_than_two_slots_are_refused(num_slots: int) -> None:
 def test_a_number_of_slots_that_is_no_integer_is_refused(num_slots: object) -> None:
     with pytest.raises(ValueError, match="num_slots"):
         LemaConfig(num_slots=num_slots)
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 64])
+def test_micro_batches_are_a_number_of_sequences(micro_batch_size: int) -> None:
+    assert LemaConfig(micro_batch_size=micro_batch_size).micro_batch_size == micro_batch_size
+
+
+@pytest.mark.parametrize("micro_batch_size", [-1, 2.0, "4", None, True, "auto"])
+def test_micro_batches_of_anything_else_are_refused(micro_batch_size: object) -> None:
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        LemaConfig(micro_batch_size=micro_batch_size)  # type: ignore[arg-type]
 
 
 def test_choices_cannot_be_changed_afterwards_nor_given_by_position() -> None:

@@ -234,7 +234,7 @@ def test_refused_page_lock_warns_once_and_changes_no_number(
         model = on_gpu(WRAP_THEN_PEFT)
     with closing(model):
         said = [w for w in caught if "page-locking" in str(w.message)]
-        assert len(said) == (1 if refused == "the slab" else 2)
+        assert len(said) == 1
         assert_same_run(train(model, tmp_path, fp16=True, max_steps=6), expected)
         pinned = get_streamer(model).host_store.pinned_bytes
         assert (pinned > 0) == (refused == "the slab")
@@ -315,7 +315,15 @@ def test_budget_makes_layers_resident_and_changes_no_number(budget: str, tmp_pat
     del resident
     gc.collect()
     torch.cuda.empty_cache()
-    config = LemaConfig(vram_budget=budget if budget == "auto" else "420MiB")
+    limit_bytes = 0
+    if budget != "auto":
+        with closing(on_gpu(WRAP_THEN_PEFT, big(**shape))) as model:
+            train(model, tmp_path, **settings)
+            limit_bytes = int(torch.cuda.memory_reserved() + 5.5 * get_streamer(model).layer_bytes)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    config = LemaConfig(vram_budget=limit_bytes or "auto")
     with closing(on_gpu(WRAP_THEN_PEFT, big(**shape), config=config)) as model:
         torch.cuda.reset_peak_memory_stats()
         assert_same_run(train(model, tmp_path, **settings), expected)
@@ -324,7 +332,7 @@ def test_budget_makes_layers_resident_and_changes_no_number(budget: str, tmp_pat
             assert streamer.num_streamed == 0
         else:
             assert 0 < streamer.num_resident < 12
-            assert torch.cuda.max_memory_reserved() <= 420 * 2**20
+            assert torch.cuda.max_memory_reserved() <= limit_bytes
         # A longer batch than ever: layers go back, and the numbers stay right.
         long = batch(8, 64, device="cuda")
         with torch.autocast("cuda", dtype=torch.float16):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from fake_store import CPU, bounded, in_thread
 
 from hf_lema import host_memory, host_store
-from hf_lema.file_set import ReadSpan, merge_spans
+from hf_lema.file_set import FileSet, ReadSpan, merge_spans
 from hf_lema.host_memory import HostBuffer
 from hf_lema.host_store import DiskStore, HostStore, RamStore, StagingRing, cut_spans
 from hf_lema.layout import ALIGNMENT, LayerLayout, make_layout
@@ -269,9 +270,11 @@ def test_where_page_locking_the_slab_is_refused_layers_go_through_the_ring(
     monkeypatch.setattr(host_store, "WINDOW_BYTES", window_bytes)
     checkpoint = write_checkpoint(tmp_path, 2, num_layers=40)
     gpu.max_lock_bytes = sum(layout.nbytes for layout in checkpoint.layouts.values()) // 4096 * 4096 - 4096
-    with pytest.warns(UserWarning, match="page-locking") as caught:
+    with pytest.warns(UserWarning, match="a page-locked ring of") as caught:
         store = filled_ram_store(checkpoint, CUDA)
     assert len(caught) == 1
+    text = str(caught[0].message)
+    assert all(part in text for part in ("ulimit -l unlimited", "--ulimit memlock=-1", "WSL")), text
     assert not store.enqueues
     assert 0 < store.pinned_bytes < store.slab_bytes
     for layer_idx in (3, 1, 0, 11, 2, 0):
@@ -295,7 +298,21 @@ def test_where_no_page_lock_is_allowed_at_all_one_warning_says_so_and_layers_sti
             assert checkpoint.is_in(read_lazily(store, layer_idx, gpu), layer_idx)
     finally:
         bounded(store.close)
-    assert len(caught) == 1, [str(warning.message) for warning in caught]
+    assert ["through pageable memory" in str(warning.message) for warning in caught] == [True]
+
+
+def test_a_disk_store_whose_ring_cannot_be_page_locked_warns_once_and_reads_on(
+    tmp_path: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_store, "WINDOW_BYTES", 64)
+    gpu.max_lock_bytes = 0
+    checkpoint = write_checkpoint(tmp_path, 2)
+    with pytest.warns(UserWarning, match="through pageable memory") as caught:
+        store = DiskStore(checkpoint.layouts, checkpoint.spans, CUDA)
+    assert len(caught) == 1
+    for layer_idx in checkpoint.layouts:
+        assert checkpoint.is_in(read_lazily(store, layer_idx, gpu), layer_idx)
+    bounded(store.close)
 
 
 # ---- disk tier ----
@@ -392,6 +409,24 @@ def test_a_changed_layer_is_read_from_memory_and_the_file_stays(
         bounded(store.close)
 
 
+def test_a_write_that_nobody_named_is_found_when_asked_for(
+    tmp_path: Path, opened: Callable[[HostStore], HostStore]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, 8)
+    store = opened(DiskStore(checkpoint.layouts, checkpoint.spans, CPU))
+    for layer_idx in checkpoint.layouts:
+        store.mark_if_changed(layer_idx)
+    read(store, 1)
+    assert store.disk_bytes == checkpoint.num_bytes(1), "read from the file: nothing was written"
+    for name, view in store.host_views(1).items():
+        view.fill_(1)
+        checkpoint.tensors[1][name].fill_(1)
+    for layer_idx in checkpoint.layouts:
+        store.mark_if_changed(layer_idx)
+    for layer_idx in checkpoint.layouts:
+        assert checkpoint.is_in(read(store, layer_idx), layer_idx)
+
+
 def test_views_stay_readable_after_close(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 4)
     store = DiskStore(checkpoint.layouts, checkpoint.spans, CPU)
@@ -446,25 +481,33 @@ def grow(path: Path) -> None:
     [
         (cut, ValueError, "replaced or cut since"),
         (grow, ValueError, "replaced or cut since"),
-        (Path.unlink, FileNotFoundError, "shard-0"),
+        (Path.unlink, FileNotFoundError, "shard-1"),
     ],
     ids=["cut", "replaced by a longer file", "removed"],
 )
-def test_a_file_that_changed_before_it_was_opened_surfaces_at_take(
+def test_a_file_that_changed_since_it_was_indexed_is_refused_by_name_and_no_descriptor_stays_open(
     tmp_path: Path, damage: Callable[[Path], None], error: type[Exception], words: str
 ) -> None:
-    checkpoint = write_checkpoint(tmp_path, 11, num_files=1)
-    prefetcher, store = disk_prefetcher(checkpoint)
-    damage(checkpoint.paths[0])
-    try:
-        with pytest.raises(RuntimeError, match="layer 2 cannot be fetched") as caught:
-            bounded(lambda: prefetcher.take(2))
-        assert isinstance(caught.value.__cause__, error)
-        assert words in str(caught.value.__cause__)
-        assert "shard-0" in str(caught.value.__cause__)
-    finally:
-        bounded(prefetcher.close)
-        bounded(store.close)
+    checkpoint = write_checkpoint(tmp_path, 11, num_files=2)
+    num_open = len(os.listdir("/proc/self/fd"))
+    files = FileSet({path: path.stat().st_size for path in checkpoint.paths})
+    damage(checkpoint.paths[1])
+    with pytest.raises(error, match=words) as caught:
+        DiskStore(checkpoint.layouts, checkpoint.spans, CPU, files=files)
+    assert "shard-1" in str(caught.value)
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+@pytest.mark.parametrize("damage", [grow, Path.unlink], ids=["grown", "removed"])
+def test_a_file_that_grew_or_went_while_in_use_is_read_on(
+    tmp_path: Path, damage: Callable[[Path], None], opened: Callable[[HostStore], HostStore]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, 14)
+    store = opened(DiskStore(checkpoint.layouts, checkpoint.spans, CPU))
+    for path in checkpoint.paths:
+        damage(path)
+    for layer_idx in checkpoint.layouts:
+        assert checkpoint.is_in(read(store, layer_idx), layer_idx)
 
 
 def test_a_file_that_is_cut_while_in_use_surfaces_at_take_with_the_place(tmp_path: Path) -> None:
@@ -491,13 +534,10 @@ def test_a_file_replaced_by_another_of_the_same_size_is_never_read_beside_the_ol
     other = tmp_path / "other"
     other.write_bytes(bytes(checkpoint.paths[0].stat().st_size))
     other.replace(checkpoint.paths[0])
-    try:
-        out = read(store, 0)
-    except ValueError as error:
-        assert "shard-0" in str(error)  # to refuse is right, too
-    else:
-        views = store.layouts[0].views(out)
-        assert all(torch.equal(raw(views[n]), raw(t)) for n, t in store.host_views(0).items())
+    for layer_idx in checkpoint.layouts:
+        assert checkpoint.is_in(read(store, layer_idx), layer_idx)
+        views = store.host_views(layer_idx)
+        assert all(torch.equal(raw(views[n]), raw(t)) for n, t in checkpoint.tensors[layer_idx].items())
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["into the slot", "through the ring"])

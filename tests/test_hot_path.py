@@ -29,6 +29,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
     ("prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
     ("streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
+    ("recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
     ("layer_proxy", "ProxyState._promote", "to"): "once, when a base tensor is unfrozen",
     ("layer_proxy", "ProxyState._bring_own_tensors_to", "to"): "once, at the first visit after an adapter was added",
 }

@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "streamer": {"torch"},
     "residency": {"torch"},
     "replay": {"torch"},
+    "micro_batch": {"torch"},
     "recompute": {"torch"},
     "layer_proxy": {"torch"},
     "loss": {"torch", "transformers"},

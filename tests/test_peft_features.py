@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from models import (
     STOCK,
     TRANSFORMERS_5,
     WRAP_THEN_PEFT,
+    Trajectory,
     adapt,
     assert_moved,
     assert_same_run,
@@ -33,8 +37,17 @@ from models import (
     trainables,
 )
 from packaging import version
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
-from peft import prepare_model_for_kbit_training
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
@@ -79,19 +92,43 @@ def model_for(method: str) -> nn.Module:
     return build(attention_bias=True) if method == "bias_all" else build()
 
 
+@dataclass(frozen=True)
+class Resident:
+    """What a method does to the resident model in three steps."""
+
+    initial: dict[str, torch.Tensor]
+    run: Trajectory
+    state: dict[str, torch.Tensor]
+    adapter: dict[str, torch.Tensor]
+
+
+def saved_adapter(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@functools.cache
+def resident_model(method: str) -> Resident:
+    model = prepare(STOCK, model_for(method), METHODS[method]())
+    initial = trainables(model)
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(model, Path(folder), gradient_checkpointing=True)
+        return Resident(initial, run, model.state_dict(), saved_adapter(model, Path(folder)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_method_trains_as_on_the_resident_model(order: str, method: str, tmp_path: Path) -> None:
+def test_method_trains_and_is_saved_as_on_the_resident_model(order: str, method: str, tmp_path: Path) -> None:
     if order == WRAP_THEN_PEFT and method in ONLY_BEFORE_THE_WRAP:
         pytest.skip("has to come before the wrap; see the test of its error")
-    resident = prepare(STOCK, model_for(method), METHODS[method]())
+    expected = resident_model(method)
     with closing(prepare(order, model_for(method), METHODS[method]())) as model:
-        assert_same_tensors(trainables(model), trainables(resident))
-        before = trainables(model)
+        assert_same_tensors(trainables(model), expected.initial)
         found = train(model, tmp_path)
-        assert_same_run(found, train(resident, tmp_path, gradient_checkpointing=True))
-        assert any(not torch.equal(before[n], t) for n, t in found.trainables.items())
-        assert_same_tensors(model.state_dict(), resident.state_dict())
+        assert_same_run(found, expected.run)
+        assert any(not torch.equal(expected.initial[n], t) for n, t in found.trainables.items())
+        assert_same_tensors(model.state_dict(), expected.state)
+        assert_same_tensors(saved_adapter(model, tmp_path), expected.adapter)
         if method == "layer_replication":  # layers 1 and 2 stand twice and share their weights: they stay resident
             assert get_streamer(model).num_layers == 6
             assert get_streamer(model).num_streamed == 2
@@ -119,20 +156,30 @@ def test_layer_replication_after_the_wrap_is_refused() -> None:
         adapt(model, METHODS["layer_replication"]())
 
 
+@functools.cache
+def resident_half_precision_run(method: str, dtype: torch.dtype) -> Trajectory:
+    model = prepare(STOCK, build(dtype=dtype), METHODS[method]())
+    assert {p.dtype for p in trainables(model).values()} == {torch.float32}
+    with tempfile.TemporaryDirectory() as folder:
+        return train(model, Path(folder), gradient_checkpointing=True, bf16=True)
+
+
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("lora", torch.bfloat16),
+        ("lora", torch.float16),
+        ("dora", torch.bfloat16),
+        ("dora", torch.float16),
+        ("pissa", torch.bfloat16),
+    ],
+)
 def test_half_precision_base_with_autocast_is_equal(
     order: str, method: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    if method == "pissa" and dtype == torch.float16:
-        # Stock PEFT decomposes in fp32 and rounds back; nothing in it is special to fp16.
-        pytest.skip("as bf16")
-    resident = prepare(STOCK, build(dtype=dtype), METHODS[method]())
-    assert {p.dtype for p in trainables(resident).values()} == {torch.float32}
-    expected = train(resident, tmp_path, gradient_checkpointing=True, bf16=True)
     with closing(prepare(order, build(dtype=dtype), METHODS[method]())) as model:
-        assert_same_run(train(model, tmp_path, bf16=True), expected)
+        assert_same_run(train(model, tmp_path, bf16=True), resident_half_precision_run(method, dtype))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -177,6 +224,21 @@ def test_switching_between_two_adapters_is_equal(order: str, tmp_path: Path) -> 
             assert_moved({n: t for n, t in before.items() if "lora_B" in n}, found.trainables)
         assert_same_tensors(model.state_dict(), resident.state_dict())
         assert get_streamer(model).num_streamed == NUM_LAYERS
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_adapter_added_and_one_deleted_after_training_is_equal(order: str, tmp_path: Path) -> None:
+    resident, model = prepare(STOCK), prepare(order)
+    with closing(model):
+        for each in (resident, model):
+            train(each, tmp_path, max_steps=1, gradient_checkpointing=each is resident)
+            torch.manual_seed(6)
+            each.add_adapter("second", lora(r=2, target_modules=["k_proj", "down_proj"]))
+            each.set_adapter("second")
+            each.delete_adapter("default")
+        found = train(model, tmp_path, max_steps=2)
+        assert_same_run(found, train(resident, tmp_path, max_steps=2, gradient_checkpointing=True))
+        assert_same_tensors(model.state_dict(), resident.state_dict())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -258,12 +320,18 @@ def two_rounds(model: nn.Module, tmp_path: Path, safe_merge: bool, **settings: A
     return seen
 
 
+@functools.cache
+def resident_two_rounds(method: str, safe_merge: bool) -> list[torch.Tensor]:
+    model = prepare(STOCK, build(), METHODS[method]())
+    with tempfile.TemporaryDirectory() as folder:
+        return two_rounds(model, Path(folder), safe_merge, gradient_checkpointing=True)
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_merging_between_steps_is_equal(order: str, method: str, safe_merge: bool, tmp_path: Path) -> None:
-    resident = prepare(STOCK, build(), METHODS[method]())
-    expected = two_rounds(resident, tmp_path, safe_merge, gradient_checkpointing=True)
+    expected = resident_two_rounds(method, safe_merge)
     with closing(prepare(order, build(), METHODS[method]())) as model:
         found = two_rounds(model, tmp_path, safe_merge)
     # Taking an adapter out again rounds, in the resident model too: both must round alike.
@@ -381,28 +449,7 @@ def test_adalora_updates_its_ranks_as_on_the_resident_model() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("method", ["lora", "dora", "norms_to_save", "mlp_to_save", "modules_to_save", "pissa"])
-def test_adapter_saved_from_a_streamed_model_equals_that_of_the_resident_one(
-    method: str, order: str, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file
-
-    resident = prepare(STOCK, build(), METHODS[method]())
-    train(resident, tmp_path, max_steps=2, gradient_checkpointing=True)
-    resident.save_pretrained(tmp_path / "resident")
-    with closing(prepare(order, build(), METHODS[method]())) as model:
-        train(model, tmp_path, max_steps=2)
-        model.save_pretrained(tmp_path / "streamed")
-    assert_same_tensors(
-        load_file(tmp_path / "streamed" / "adapter_model.safetensors"),
-        load_file(tmp_path / "resident" / "adapter_model.safetensors"),
-    )
-
-
-@pytest.mark.parametrize("order", ORDERS)
 def test_pissa_adapter_converted_to_lora_is_equal(order: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     for each in (STOCK, order):
         with closing(prepare(each, build(), METHODS["pissa"]())) as model:
             model.peft_config["default"].init_lora_weights = True

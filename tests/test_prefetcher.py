@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fake_store import CPU, MAX_WAIT_S, FakeStore, bounded, in_thread, wait_until_idle
+from fake_store import CPU, MAX_WAIT_S, FakeStore, bounded, in_thread, wait_until, wait_until_idle
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -125,9 +125,7 @@ def test_a_hit_on_a_layer_that_is_under_way_waits_for_it_and_counts_the_wait() -
         prefetcher.want([0])
         store.wait_until_started(0)
         result = in_thread(lambda: prefetcher.take(0))
-        with prefetcher._changed:
-            waiting = prefetcher._changed.wait_for(lambda: prefetcher.num_hits == 1, MAX_WAIT_S)
-        assert waiting
+        wait_until(lambda: prefetcher.num_hits == 1)
         assert prefetcher.wait_s == 0.0
         store.gate.set()
         assert holds(result(), store, 0)
@@ -166,7 +164,7 @@ def test_a_layer_asked_for_while_every_slot_is_leased_is_refused(enqueues: bool,
         take(prefetcher, 0)
         take(prefetcher, 1)
         prefetcher.want(wanted)
-        with pytest.raises(RuntimeError, match="layer 5 .* all 2 slots are leased"):
+        with pytest.raises(RuntimeError, match=r"layer 5 .* all 2 slots are leased"):
             take(prefetcher, 5)
 
 
@@ -174,7 +172,7 @@ def test_a_layer_asked_for_while_every_slot_is_leased_is_refused(enqueues: bool,
 def test_a_layer_asked_for_while_a_visit_of_it_is_under_way_is_refused(enqueues: bool) -> None:
     with prefetching(enqueues=enqueues) as (prefetcher, store, _):
         slot = take(prefetcher, 0)
-        with pytest.raises(RuntimeError, match="layer 0 .* visit of it is under way"):
+        with pytest.raises(RuntimeError, match=r"layer 0 .* visit of it is under way"):
             take(prefetcher, 0)
         prefetcher.give_back(slot, [])
         assert holds(take(prefetcher, 0), store, 0)
@@ -198,8 +196,7 @@ def test_a_layer_that_is_under_way_but_no_longer_wanted_is_not_lost_when_taken(n
         store.wait_until_started(5)
         prefetcher.want([2, 3])
         result = in_thread(lambda: prefetcher.take(5))
-        with prefetcher._changed:
-            assert prefetcher._changed.wait_for(lambda: prefetcher.num_hits == 1, MAX_WAIT_S)
+        wait_until(lambda: prefetcher.num_hits == 1)
         store.gate.set()
         assert holds(result(), store, 5)
 
@@ -210,8 +207,7 @@ def test_a_take_that_waits_is_not_lost_when_somebody_else_wants_other_layers() -
         prefetcher.want([0])
         store.wait_until_started(0)
         result = in_thread(lambda: prefetcher.take(5))
-        with prefetcher._changed:
-            assert prefetcher._changed.wait_for(lambda: prefetcher.num_demand_loads == 1, MAX_WAIT_S)
+        wait_until(lambda: prefetcher.num_demand_loads == 1)
         prefetcher.want([2])
         store.gate.set()
         assert holds(result(), store, 5)
@@ -416,8 +412,7 @@ def test_close_waits_for_the_read_under_way_and_begins_no_other() -> None:
         prefetcher.want([0, 1])
         store.wait_until_started(0)
         closing = in_thread(prefetcher.close)
-        with prefetcher._changed:
-            assert prefetcher._changed.wait_for(lambda: prefetcher._closing, MAX_WAIT_S)
+        wait_until(lambda: prefetcher._closing)
         assert prefetcher._thread.is_alive()
         store.gate.set()
         closing()
@@ -478,6 +473,12 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
         self.store.gate.set()
         return result()
 
+    def note_failure(self, cause: BaseException | None) -> None:
+        assert self.num_failures_arranged > 0
+        assert isinstance(cause, ReadFailed)
+        assert self.failed in (None, cause), "the first error is the one that comes back"
+        self.failed = cause
+
     def may_be_taken(self) -> bool:
         return self.failed is None and not self.closed
 
@@ -503,9 +504,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
         except RuntimeError as error:
             text = str(error)
             if isinstance(error.__cause__, ReadFailed):
-                assert self.num_failures_arranged > 0
-                assert self.failed in (None, error.__cause__), "the first error is the one that comes back"
-                self.failed = error.__cause__
+                self.note_failure(error.__cause__)
             elif self.closed:
                 assert "after close()" in text
             elif layer_idx in self.leased:
@@ -540,7 +539,8 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
         except ReadFailed:
             assert self.enqueues
         except RuntimeError as error:
-            assert self.closed or isinstance(error.__cause__, ReadFailed)
+            if not self.closed:
+                self.note_failure(error.__cause__)
 
     @rule()
     def hold_reads_up(self) -> None:
@@ -584,7 +584,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
             num_bytes = sum(self.store.layouts[i].nbytes for i in self.store.started)
             assert self.prefetcher.h2d_bytes <= num_bytes
         assert len(held) == len(set(held)), "a layer is in two slots"
-        assert leased == set(self.leased)
+        assert leased == set(self.leased) or self.closed
         for layer_idx, (slot, lent) in self.leased.items():
             assert slot.layer_idx == layer_idx
             assert torch.equal(slot.buffer, lent), f"the slot of layer {layer_idx} was written to while leased"

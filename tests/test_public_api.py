@@ -21,7 +21,7 @@ PUBLIC_NAMES = {
     "get_streamer",
 }
 
-CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": "auto"}
+CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": 0}
 
 STATS_FIELDS = ("num_hits", "num_demand_loads", "wait_s", "disk_bytes", "h2d_bytes")
 

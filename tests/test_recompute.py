@@ -11,6 +11,7 @@ import torch
 from fake_store import CPU
 from torch import nn
 
+from hf_lema.micro_batch import MicroBatches
 from hf_lema.recompute import Recompute, Visit
 from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
@@ -60,8 +61,9 @@ class Layer:
 
     layer_idx = 5
 
-    def __init__(self, toy: Toy) -> None:
-        self.toy = toy
+    def __init__(self, toy: Toy, micro_batch_size: int = 0) -> None:
+        self.toy = self.layer = toy
+        self.micro_batches = MicroBatches(micro_batch_size)
         self.visits: list[tuple[Direction, bool]] = []
         self.is_lent = False
         self._at_home = toy.frozen.detach().clone()
@@ -96,7 +98,7 @@ class Layer:
         trainable = self.trainable()
         slots = [(registry, name) for registry, name, _ in trainable]
         hooks = ForwardHooks.capture(list(self.toy.modules())[1:])
-        visit = Visit(self, args, kwargs, slots, hooks, CPU)
+        visit = Visit(self, args, kwargs, slots, hooks, CPU, self.micro_batches, hidden.shape[0])
         return visit.rebuild(Recompute.apply(visit, hidden, *(p for _, _, p in trainable)))
 
 
@@ -136,7 +138,7 @@ def both(
     backward_inside: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Runs plain autograd and the recompute on equal inputs; loss, outputs, gradients and random state must be equal."""
+    """Plain autograd and the recompute on equal inputs: loss, outputs, gradients and random state must be equal."""
     results = []
     for streamed in (False, True):
         toy = Toy(outputs=outputs, dropout=dropout)
@@ -274,12 +276,61 @@ def test_numerical_gradients_agree_in_float64(outputs: str) -> None:
 
     def call(hidden: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         slots = [(toy._parameters, name) for name in names]
-        visit = Visit(layer, (), {}, slots, ForwardHooks.capture([]), CPU)  # type: ignore[arg-type]
+        hooks = ForwardHooks.capture([])
+        visit = Visit(layer, (), {}, slots, hooks, CPU, MicroBatches(), hidden.shape[0])  # type: ignore[arg-type]
         return tuple(tensors(visit.rebuild(Recompute.apply(visit, hidden, *values))))
 
     hidden = new_hidden(dtype=torch.float64)[:1, :2].detach().requires_grad_()
     values = [toy._parameters[name].detach().clone().requires_grad_() for name in names]  # type: ignore[union-attr]
     assert torch.autograd.gradcheck(call, (hidden, *values), fast_mode=False)
+
+
+# ---- micro-batches ----
+
+
+@pytest.mark.parametrize("outputs", ["tensor", "one", "pair", "gaps", "integers"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
+def test_pieces_of_a_batch_give_what_they_give_one_after_another(outputs: str, micro_batch_size: int) -> None:
+    results = []
+    for streamed in (False, True):
+        toy = Toy(outputs=outputs, dropout=0.3)
+        hidden = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(8), requires_grad=True)
+        torch.manual_seed(11)
+        if streamed:
+            output = Layer(toy, micro_batch_size)(hidden)
+        else:
+            parts = [toy(part) for part in hidden.split(micro_batch_size)]
+            output = parts[0]
+            if isinstance(output, tuple):
+                output = tuple(None if o[0] is None else torch.cat(o) for o in zip(*parts, strict=True))
+            else:
+                output = torch.cat(parts)
+        loss_of(output).backward()
+        results.append(([o.detach() for o in tensors(output)], grads_of(toy, hidden), torch.get_rng_state()))
+    plain, cut = results
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], cut[0], strict=True))
+    assert torch.equal(plain[1]["hidden"], cut[1]["hidden"])  # type: ignore[arg-type]
+    for name, gradient in plain[1].items():  # the pieces' gradients are summed in another order
+        if gradient is None:
+            assert cut[1][name] is None
+        else:
+            torch.testing.assert_close(cut[1][name], gradient)
+    assert torch.equal(plain[2], cut[2])
+
+
+def test_a_cut_visit_leases_its_layer_no_more_often() -> None:
+    layer = Layer(Toy(), micro_batch_size=1)
+    loss_of(layer(new_hidden())).backward()
+    assert layer.visits == [(Direction.FORWARD, True), (Direction.BACKWARD, False)]
+
+
+def test_a_cut_visit_gives_no_gradient_where_none_is_due() -> None:
+    toy = Toy(outputs="pair")
+    hidden = new_hidden(requires_grad=False)
+    (Layer(toy, micro_batch_size=1)(hidden)[0] ** 2).sum().backward()
+    assert hidden.grad is None
+    assert toy.aside.grad is None
+    assert toy.up.grad is not None
 
 
 # ---- graphs ----

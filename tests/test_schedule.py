@@ -91,7 +91,7 @@ def test_a_step_moves_as_little_as_any_order_of_fetching_could(data: st.DataObje
     found = transfers_per_step(layers, num_layers, num_slots, lowest)
     fewest = fewest_transfers_per_step(layers, num_layers, num_slots, lowest)
 
-    # Below the lowest trainable layer an optimum would pin layers from step to step; slots there all serve the prefetch.
+    # Below the lowest trainable layer an optimum would pin layers from step to step; here all slots fetch ahead.
     assert fewest <= found <= fewest + (num_slots if lowest else 0)
 
 

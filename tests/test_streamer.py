@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fake_store import CPU, MAX_WAIT_S, FakeStore, bounded, in_thread, wait_until_idle
+from fake_store import CPU, MAX_WAIT_S, FakeStore, bounded, in_thread, wait_until, wait_until_idle
 
 from hf_lema.events import StreamWaitClock
 from hf_lema.host_store import RamStore
@@ -348,7 +348,7 @@ def test_leases_of_more_layers_than_slots_are_refused_and_nothing_is_lost() -> N
             with streamer.lease(0, FORWARD), streamer.lease(1, FORWARD), streamer.lease(2, FORWARD):
                 pass
 
-        with pytest.raises(RuntimeError, match="layer 2 .* all 2 slots are leased"):
+        with pytest.raises(RuntimeError, match=r"layer 2 .* all 2 slots are leased"):
             bounded(nested)
         bounded(lambda: training_step(streamer, store))
 
@@ -485,17 +485,16 @@ def test_a_close_that_was_interrupted_can_be_finished(monkeypatch: pytest.Monkey
 
 def test_a_streamer_that_is_dropped_without_close_gives_everything_back() -> None:
     store = FakeStore(dict.fromkeys(range(4), 64))
-    streamer = LayerStreamer(store, CPU, 4, 2)
-    bounded(lambda: training_step(streamer, store))
-    prefetcher, gone = prefetcher_of(streamer), weakref.ref(streamer)
-    thread = prefetcher._thread
+    holder = [LayerStreamer(store, CPU, 4, 2)]
+    bounded(lambda: training_step(holder[0], store))
+    prefetcher, gone = prefetcher_of(holder[0]), weakref.ref(holder[0])
     try:
-        del streamer
+        holder.clear()
         gc.collect()
         assert gone() is None
-        thread.join(MAX_WAIT_S)
-        assert not thread.is_alive()
-        assert store.num_closes == 1
+        prefetcher._thread.join(MAX_WAIT_S)
+        assert not prefetcher._thread.is_alive()
+        wait_until(lambda: store.num_closes == 1)
     finally:
         bounded(prefetcher.close)
 

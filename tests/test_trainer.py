@@ -22,6 +22,7 @@ from models import (
     batch,
     build,
     closing,
+    cut_loss,
     examples,
     lora,
     prepare,
@@ -241,6 +242,26 @@ def test_evaluate_and_predict_are_equal_and_do_not_disturb_training(tmp_path: Pa
         expected = expected[0] if isinstance(expected, tuple) else expected
         assert (logits == expected).all()
         assert prediction.metrics["test_loss"] == resident_prediction.metrics["test_loss"]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_predictions_of_a_chunked_loss_are_those_of_the_resident_model(bf16: bool, tmp_path: Path) -> None:
+    results = []
+    for order in (STOCK, WRAP_THEN_PEFT):
+        with closing(prepare(order)) as model:
+            if order != STOCK:
+                cut_loss(model)
+            args = arguments(tmp_path, bf16=bf16, gradient_accumulation_steps=2, gradient_checkpointing=order == STOCK)
+            trainer = RecordingTrainer(model=model, args=args, train_dataset=examples())
+            prediction = trainer.predict(examples(4, seed=10))
+            trainer.train()
+            results.append((prediction, trainer.trajectory()))
+    logits = [p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions for p, _ in results]
+    assert logits[1].dtype == logits[0].dtype
+    assert (logits[1] == logits[0]).all()
+    losses = [p.metrics["test_loss"] for p, _ in results]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    torch.testing.assert_close(results[1][1].losses, results[0][1].losses, rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -25,6 +25,7 @@ from models import (
     batch,
     build,
     closing,
+    cut_loss,
     enable_checkpointing,
     forward_backward,
     gradients,
@@ -677,6 +678,23 @@ def test_backward_under_another_autocast_replays_that_of_the_forward() -> None:
         return [loss.detach()]
 
     assert_equal_training(use)
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_logits_made_after_the_autocast_region_are_those_of_the_resident_model(autocast: bool, with_grad: bool) -> None:
+    logits = []
+    for order in (STOCK, WRAP_THEN_PEFT):
+        with closing(prepare(order)) as model:
+            if order != STOCK:
+                cut_loss(model)
+            torch.manual_seed(11)
+            with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                outputs = model(**batch())
+            assert outputs.logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+            logits.append(outputs.logits.clone().detach())
+    assert logits[1].dtype == logits[0].dtype
+    assert torch.equal(logits[1], logits[0])
 
 
 # ---- base weights that change ----
