@@ -112,17 +112,18 @@ def map_private(descriptor: int) -> memoryview:
 def has_private_pages(tensor: torch.Tensor) -> bool:
     """Whether anything was written to the mapping that a tensor lies in, since it was mapped by `map_private`.
 
-    Source: Private_Dirty of the mapping in /proc/self/smaps.
+    Source: Anonymous and Swap of the mapping in /proc/self/smaps; a written page of a private file mapping is
+    anonymous, whoever shares it after a fork.
     """
-    address, inside = tensor.data_ptr(), False
+    address, inside, written_kib = tensor.data_ptr(), False, 0
     for line in (_ROOT / "proc/self/smaps").read_text().splitlines():
         name, _, rest = line.partition(" ")
-        if "-" in name and not name.endswith(":"):
+        if not name.endswith(":"):
             begin, end = (int(part, 16) for part in name.split("-"))
             inside = begin <= address < end
-        elif inside and name == "Private_Dirty:":
-            return int(rest.split()[0]) > 0
-    return False
+        elif inside and name in ("Anonymous:", "Swap:"):
+            written_kib += int(rest.split()[0])
+    return written_kib > 0
 
 
 def tensor_over(memory: memoryview, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

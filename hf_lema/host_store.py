@@ -285,7 +285,11 @@ class DiskStore(HostStore):
             paths = {span.path for layer_spans in self._spans.values() for span in layer_spans}
             files = FileSet({path: path.stat().st_size for path in paths})
         self._files = files  # owned
-        self._mapped = {path: map_private(descriptor) for path, descriptor in files.open_all().items()}
+        try:
+            self._mapped = {path: map_private(descriptor) for path, descriptor in files.open_all().items()}
+        except BaseException:
+            files.close()
+            raise
         self._windows = {
             layer_idx: [
                 cut_spans(self._spans[layer_idx], begin, begin + WINDOW_BYTES)
@@ -327,7 +331,8 @@ class DiskStore(HostStore):
         self._changed.add(layer_idx)
 
     def mark_if_changed(self, layer_idx: int) -> None:
-        if any(has_private_pages(view) for view in self.host_views(layer_idx).values()):
+        firsts = {id(self._mapped[span.path]): span for span in self._spans[layer_idx]}.values()
+        if any(has_private_pages(tensor_over(self._mapped[span.path], 0, (1,), torch.uint8)) for span in firsts):
             self._changed.add(layer_idx)
 
     def close(self) -> None:

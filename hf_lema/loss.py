@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hf_lema.replay import AutocastState
+
 MAX_CHUNK_BYTES = 256 * 2**20
 """Bytes that one chunk's logits and their gradients may take. 256 MiB are 585 tokens of Llama-2's vocabulary: large
 enough for matrix products at full rate, small beside a layer's activations."""
@@ -73,7 +75,10 @@ class ChunkedLoss:
         if not self._checked and not self._agrees_with_plain(hidden):
             return self._plain_forward(self._lm, **kwargs)
         shape = (*hidden.shape[:-1], output.logits.shape[-1])
-        logits = DeferredLogits(lambda: self._logits(hidden), shape, output.logits.dtype, output.logits.device)
+        autocast = AutocastState.capture(hidden.device)
+        logits = DeferredLogits(
+            lambda: self._logits(hidden, autocast), shape, output.logits.dtype, output.logits.device
+        )
         # Made anew: an output keeps its fields in the order in which they were set, and the loss comes first.
         return type(output)(**{"loss": self._loss(hidden, labels, kwargs), **output, "logits": logits})
 
@@ -117,8 +122,8 @@ class ChunkedLoss:
         loss: torch.Tensor = checkpoint(head, chunk, use_reentrant=False)
         return loss
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        with self._backbone_replaced(hidden):
+    def _logits(self, hidden: torch.Tensor, autocast: AutocastState) -> torch.Tensor:
+        with autocast.entered(), self._backbone_replaced(hidden):
             logits: torch.Tensor = self._plain_forward(self._lm).logits
         return logits
 

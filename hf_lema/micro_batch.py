@@ -139,5 +139,5 @@ def _agrees(
 
 
 def _first(output: Any) -> torch.Tensor:
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+    """The first tensor that the layer gives."""
+    return next(_tensors(output))

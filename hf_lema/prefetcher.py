@@ -79,29 +79,32 @@ class Prefetcher:
                 self.num_hits += 1
             else:
                 self.num_demand_loads += 1
-            if slot is None:
-                num_free = self._pool.num_not_leased
-                if num_free == 0:
-                    raise RuntimeError(
-                        f"layer {layer_idx} was asked for while all {len(self._pool.slots)} slots are leased: one "
-                        "layer runs inside another, which streaming does not support"
-                    )
-                others = [i for i in self._wanted if i != layer_idx]
-                self._wanted = [layer_idx, *others][:num_free]
-                self._start_fills()
-                slot = self._pool.find(layer_idx)
-            elif slot.state is SlotState.LEASED:
+            if slot is None and self._pool.num_not_leased == 0:
+                raise RuntimeError(
+                    f"layer {layer_idx} was asked for while all {len(self._pool.slots)} slots are leased: one layer "
+                    "runs inside another, which streaming does not support"
+                )
+            if slot is not None and slot.state is SlotState.LEASED:
                 raise RuntimeError(
                     f"layer {layer_idx} was asked for while a visit of it is under way: it runs inside itself, or in "
                     "two threads at once, which streaming does not support"
                 )
+            if slot is None or slot.state is SlotState.FILLING:
+                slot = self._want_first(layer_idx)
             while slot is None or slot.state is not SlotState.READY:
                 self._changed.wait(_MAX_WAIT_S)
                 self._check_alive(layer_idx)
-                slot = self._pool.find(layer_idx)
+                slot = self._pool.find(layer_idx) or self._want_first(layer_idx)
             self._pool.acquire(slot)
         self.wait_s += time.perf_counter() - begin_s
         return slot
+
+    def _want_first(self, layer_idx: int) -> Slot | None:
+        """Makes a layer the soonest wanted: also one under way, or its slot may be refilled once it is there."""
+        others = [i for i in self._wanted if i != layer_idx]
+        self._wanted = [layer_idx, *others][: self._pool.num_not_leased]
+        self._start_fills()
+        return self._pool.find(layer_idx)
 
     def give_back(self, slot: Slot, wanted: Sequence[int]) -> None:
         """Ends a lease; ``slot.released_event`` must have been recorded. Names the layers wanted from here on."""

@@ -31,6 +31,12 @@ from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_mode
 from hf_lema.residency import VramBudget
 from hf_lema.streamer import LayerStreamer
 
+DATA_PARALLEL_MESSAGE = (
+    "several GPUs are visible and there is no launcher: Trainer would use torch.nn.DataParallel, which copies the "
+    "model to every GPU and cannot stream it. Make one GPU visible (CUDA_VISIBLE_DEVICES=0), or launch one process a GPU "
+    "(accelerate launch, torchrun)"
+)
+
 
 class LemaModelWrapper(nn.Module):
     """Makes a causal language model stream its decoder layers.
@@ -190,20 +196,19 @@ class LemaModelWrapper(nn.Module):
 
     @property
     def is_parallelizable(self) -> bool:
-        """True where Trainer would put the model into ``torch.nn.DataParallel``: several GPUs, no launcher.
+        """False. Trainer of transformers 4 reads it before it decides on DataParallel, which is refused there."""
+        _refuse_data_parallel()
+        return False
 
-        Together with `model_parallel` it tells Trainer that the model sees to its own placement, so that one GPU is
-        used. DataParallel copies a model to every GPU, which defeats streaming.
-        """
-        return torch.cuda.device_count() > 1 and not torch.distributed.is_initialized()
-
-    model_parallel = is_parallelizable
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """As transformers says. Trainer of transformers 5 reads it before it decides on DataParallel."""
+        _refuse_data_parallel()
+        said: bool = super().is_distributed_loading_by_transformers  # type: ignore[misc]
+        return said
 
     def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError(
-            "torch.nn.DataParallel copies the model to every visible GPU and cannot stream it. Make one GPU visible "
-            "(CUDA_VISIBLE_DEVICES=0), or launch one process a GPU (accelerate launch, torchrun)"
-        )
+        raise RuntimeError(DATA_PARALLEL_MESSAGE)
 
     def __deepcopy__(self, memo: object) -> Any:
         raise TypeError(COPY_MESSAGE)
@@ -286,6 +291,11 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__new__": lambda cls, *args, **kwargs: plain_class(*args, **kwargs),
     }
     return type(plain_class.__name__, (LemaModelWrapper, plain_class), body)
+
+
+def _refuse_data_parallel() -> None:
+    if torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
+        raise RuntimeError(DATA_PARALLEL_MESSAGE)
 
 
 def _runtime_of(lm: Any) -> _Runtime:

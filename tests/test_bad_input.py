@@ -41,7 +41,7 @@ from models import (
 )
 from peft import PrefixTuningConfig
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
 from hf_lema.schedule import Direction
@@ -253,17 +253,12 @@ def test_data_parallel_is_refused_with_the_line_that_helps(
         assert_works_as_ever(model)
 
 
-def test_trainer_uses_one_of_two_visible_gpus_and_no_data_parallel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trainer_on_two_visible_gpus_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepare(WRAP_THEN_PEFT)
     with closing(model):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        args = arguments(tmp_path)
-        args._n_gpu = 2  # what two visible GPUs without a launcher give
-        trainer = Trainer(model=model, args=args)
-        assert trainer.args.n_gpu == 1
-        assert trainer._wrap_model(model) is model
+        with pytest.raises(RuntimeError, match=r"CUDA_VISIBLE_DEVICES=0"):
+            Trainer(model=model, args=TrainingArguments("unused", use_cpu=True, report_to=[]))
 
 
 def test_data_parallel_over_one_device_is_no_data_parallel() -> None:
@@ -587,6 +582,37 @@ def test_training_goes_on_right_after_an_interrupt_while_a_layer_is_taken(
             forward_backward(model)
         for _ in range(2):
             assert_works_as_ever(model)
+
+
+class Interrupting(dict[str, Any]):
+    """A register of parameters whose ``num_write``-th write is cut off by Ctrl-C."""
+
+    num_write = 0
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.num_write -= 1
+        if self.num_write == 0:
+            raise KeyboardInterrupt
+        super().__setitem__(name, value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("num_write", [1, 2, 3, 4])
+@pytest.mark.parametrize("path", ["mlp.down_proj.lora_A.default", "mlp.down_proj.base_layer", "input_layernorm"])
+def test_training_goes_on_right_after_an_interrupt_while_parameters_are_swapped(path: str, num_write: int) -> None:
+    model = adapt(build())
+    owner = model.get_base_model().model.layers[1].get_submodule(path)
+    register = Interrupting(owner._parameters)
+    owner.__dict__["_parameters"] = register
+    with closing(LemaModelWrapper.wrap(model, device="cpu")):
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        register.num_write = num_write  # registered, given back, registered and given back again in the recompute
+        with pytest.raises(KeyboardInterrupt):
+            forward_backward(model)
+        for _ in range(2):
+            assert_works_as_ever(model)
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == names
+        assert all(isinstance(p, nn.Parameter) for _, p in model.named_parameters())
 
 
 @pytest.mark.timeout(60)
