@@ -245,8 +245,9 @@ class ProxyState:
                 f"layer {self.layer_idx} ({self.plain_class.__name__}) was called without positional hidden states"
             )
         self.reconcile()
-        self._bring_own_tensors_to(self.streamer.device)
-        trainables = [own for own in self.own_parameters() if own[2].requires_grad] if torch.is_grad_enabled() else []
+        own = self.own_parameters()
+        self._bring_to_device(own)
+        trainables = [entry for entry in own if entry[2].requires_grad] if torch.is_grad_enabled() else []
         hidden = args[0]
         if self.on_sweep is not None and torch.is_grad_enabled():
             self.on_sweep(hidden.shape[:-1].numel())
@@ -279,9 +280,10 @@ class ProxyState:
         """Calls the forward of the layer's own class: no hooks of the layer fire, no proxy is entered."""
         return self.plain_class.forward(self.layer, *args, **kwargs)
 
-    def _bring_own_tensors_to(self, device: torch.device) -> None:
+    def _bring_to_device(self, own: list[tuple[dict[str, Any], str, nn.Parameter]]) -> None:
         """Moves what is not streamed to the device: PEFT puts a new adapter beside its base, on the host."""
-        for _, _, parameter in self.own_parameters():
+        device = self.streamer.device
+        for _, _, parameter in own:
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
 

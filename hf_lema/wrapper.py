@@ -33,8 +33,8 @@ from hf_lema.streamer import LayerStreamer
 
 DATA_PARALLEL_MESSAGE = (
     "several GPUs are visible and there is no launcher: Trainer would use torch.nn.DataParallel, which copies the "
-    "model to every GPU and cannot stream it. Make one GPU visible (CUDA_VISIBLE_DEVICES=0), or launch one process a GPU "
-    "(accelerate launch, torchrun)"
+    "model to every GPU and cannot stream it. Make one GPU visible (CUDA_VISIBLE_DEVICES=0), or launch one process a "
+    "GPU (accelerate launch, torchrun)"
 )
 
 

@@ -31,7 +31,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
     ("recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
     ("layer_proxy", "ProxyState._promote", "to"): "once, when a base tensor is unfrozen",
-    ("layer_proxy", "ProxyState._bring_own_tensors_to", "to"): "once, at the first visit after an adapter was added",
+    ("layer_proxy", "ProxyState._bring_to_device", "to"): "once, at the first visit after an adapter was added",
 }
 
 
