@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,7 @@ class ProxyState:
         parameters = inspect.signature(self.plain_class.forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         self._versions = [self.registered(t)._version for t in streamed]
+        self._journal: list[tuple[dict[str, Any], str, Any]] = []
         self._modules: list[nn.Module] = []
         self._signature: list[int] | None = None
         self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
@@ -152,14 +153,9 @@ class ProxyState:
     @contextmanager
     def streamed_tensors_hidden(self) -> Iterator[None]:
         """Takes the streamed tensors out of the registers for the duration of the block."""
-        hidden = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
-        try:
-            for registry, attribute, _ in hidden:
-                registry[attribute] = None
+        entries = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
+        with self.swapped(entries, [None] * len(entries)):
             yield
-        finally:
-            for registry, attribute, tensor in hidden:
-                registry[attribute] = tensor  # type: ignore[assignment]
 
     @contextmanager
     def weights(self, direction: Direction, *, expect_backward: bool = False) -> Iterator[None]:
@@ -169,13 +165,32 @@ class ProxyState:
         self.has_trained = self.has_trained or direction is Direction.BACKWARD
         with self.streamer.lease(self.layer_idx, direction, expect_backward=expect_backward) as lent:
             at_rest = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
-            try:
-                for tensor in self.streamed:
-                    tensor.owner._parameters[tensor.attribute] = lent[tensor.name]
+            with self.swapped(at_rest, [lent[tensor.name] for tensor in self.streamed]):
                 yield
-            finally:
-                for registry, attribute, parameter in at_rest:
-                    registry[attribute] = parameter  # type: ignore[assignment]
+
+    @contextmanager
+    def swapped(self, entries: Sequence[tuple[dict[str, Any], str, Any]], stand_ins: Sequence[Any]) -> Iterator[None]:
+        """Registers stand-ins in place of what is registered, for the duration of the block.
+
+        Args:
+            entries: (registry, name, what is registered now).
+            stand_ins: One for each entry.
+        """
+        self._journal.extend(entries)
+        try:
+            for (registry, name, _), stand_in in zip(entries, stand_ins, strict=True):
+                registry[name] = stand_in
+            yield
+        finally:
+            for registry, name, original in entries:
+                registry[name] = original
+            del self._journal[len(self._journal) - len(entries) :]
+
+    def _undo_interrupted_swaps(self) -> None:
+        """Puts back what an interrupt in the middle of `swapped`'s own clean-up has left. No visit is under way."""
+        while self._journal:
+            registry, name, original = self._journal.pop()
+            registry[name] = original
 
     def reconcile(self) -> None:
         """Takes over what was done to the layer since its last visit.
@@ -244,6 +259,7 @@ class ProxyState:
             raise ValueError(
                 f"layer {self.layer_idx} ({self.plain_class.__name__}) was called without positional hidden states"
             )
+        self._undo_interrupted_swaps()
         self.reconcile()
         own = self.own_parameters()
         self._bring_to_device(own)

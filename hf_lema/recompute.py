@@ -10,6 +10,7 @@ has no graph and use it in a later recompute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -30,6 +31,11 @@ class StreamedLayer(Protocol):
 
     def weights(self, direction: Direction, *, expect_backward: bool = False) -> AbstractContextManager[None]:
         """Has the layer's weights on the device for the duration of the block."""
+
+    def swapped(
+        self, entries: Sequence[tuple[dict[str, Any], str, Any]], stand_ins: Sequence[Any]
+    ) -> AbstractContextManager[None]:
+        """Registers stand-ins for the duration of the block."""
 
     def call_plain(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the forward of the layer's own class."""
@@ -86,13 +92,8 @@ class Visit:
         """
         named = self._named if piece is None else piece.cut_named(self._named, self._batch_size)
         registered = [(registry, name, registry[name]) for registry, name in self._trainable_slots]
-        try:
-            for (registry, name), alias in zip(self._trainable_slots, trainables, strict=True):
-                registry[name] = alias
+        with self.layer.swapped(registered, trainables):
             output = self.layer.call_plain(hidden, *self._args, **named)
-        finally:
-            for registry, name, parameter in registered:
-                registry[name] = parameter
         return self._tensors_of(output)
 
     def run_forward(self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

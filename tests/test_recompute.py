@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,16 @@ class Layer:
         self._at_home = toy.frozen.detach().clone()
         toy.frozen = nn.Parameter(torch.full_like(toy.frozen, torch.nan), requires_grad=False)
         self._lent = nn.Parameter(toy.frozen.detach().clone(), requires_grad=False)
+
+    @contextmanager
+    def swapped(self, entries: Sequence[tuple[dict[str, Any], str, Any]], stand_ins: Sequence[Any]) -> Iterator[None]:
+        for (registry, name, _), stand_in in zip(entries, stand_ins, strict=True):
+            registry[name] = stand_in
+        try:
+            yield
+        finally:
+            for registry, name, original in entries:
+                registry[name] = original
 
     @contextmanager
     def weights(self, direction: Direction, *, expect_backward: bool = False) -> Iterator[None]:
