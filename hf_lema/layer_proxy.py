@@ -176,6 +176,7 @@ class ProxyState:
             entries: (registry, name, what is registered now).
             stand_ins: One for each entry.
         """
+        begin = len(self._journal)
         self._journal.extend(entries)
         try:
             for (registry, name, _), stand_in in zip(entries, stand_ins, strict=True):
@@ -184,7 +185,7 @@ class ProxyState:
         finally:
             for registry, name, original in entries:
                 registry[name] = original
-            del self._journal[len(self._journal) - len(entries) :]
+            del self._journal[begin : begin + len(entries)]
 
     def _undo_interrupted_swaps(self) -> None:
         """Puts back what an interrupt in the middle of `swapped`'s own clean-up has left. No visit is under way."""
