@@ -118,6 +118,7 @@ class ProxyState:
         self._modules: list[nn.Module] = []
         self._signature: list[int] | None = None
         self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self.own_parameters()  # what is there now: an adapter that is added later is seen as a change
 
     def registered(self, tensor: StreamedTensor) -> torch.Tensor:
         """The tensor that the model registers at rest."""

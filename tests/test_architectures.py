@@ -15,6 +15,7 @@ from models import (
     NUM_LAYERS,
     ORDERS,
     STOCK,
+    TRANSFORMERS_5,
     Trajectory,
     adapt,
     assert_same_run,
@@ -29,6 +30,7 @@ from models import (
     train,
 )
 from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
 
@@ -91,6 +93,76 @@ def test_loaded_model_trains_as_the_resident_one(architecture: str, precision: s
         assert get_streamer(model).num_streamed == NUM_LAYERS
         assert (get_streamer(model).stats().disk_bytes > 0) == (tier == "disk")
     assert_same_run(found, resident_run(architecture, precision, loaded=True))
+
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "jamba": EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8},
+    "qwen3_next": EXPERTS
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere2": {},
+    "gemma3_text": {},
+    "glm4": {},
+    "gpt_neox": {},
+    "gpt_oss": EXPERTS,
+    "granite": {},
+    "lfm2": {},
+    "nemotron": {},
+    "olmo2": {},
+    "olmoe": EXPERTS,
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": {},
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
+}
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="configurations differ before transformers 5")
+@pytest.mark.parametrize("model_type", [*RECURRENT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_more_architectures_need_no_code_of_their_own(model_type: str) -> None:
+    config_class = type(AutoConfig.for_model(model_type))
+    known = set(config_class().to_dict()) | {"attn_implementation", "num_hidden_layers", "num_attention_heads"}
+    fields = {name: value for name, value in (COMMON | (RECURRENT | OTHERS)[model_type]).items() if name in known}
+    results = []
+    for order in (STOCK, *ORDERS):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            base = AutoModelForCausalLM.from_config(config_class(**fields)).train()
+        with closing(prepare(order, base, lora(target_modules="all-linear", lora_dropout=0.0))) as model:
+            loss = forward_backward(model)
+            with torch.no_grad():
+                logits = model.eval()(**batch()).logits
+            results.append(({"loss": loss, "logits": logits}, gradients(model)))
+    for outputs, grads in results[1:]:
+        assert_same_tensors(outputs, results[0][0])
+        assert_same_tensors(grads, results[0][1])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
