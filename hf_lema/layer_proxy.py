@@ -124,6 +124,11 @@ class ProxyState:
         """The tensor that the model registers at rest."""
         return tensor.owner._parameters[tensor.attribute]  # type: ignore[return-value]
 
+    @property
+    def is_visited(self) -> bool:
+        """Whether a visit is under way: what is registered is then lent, or an alias."""
+        return bool(self._journal)
+
     def own_parameters(self) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
         """(registry, name, parameter) of everything under the layer that is not streamed: adapters, what trains.
 
@@ -323,10 +328,13 @@ class ProxyState:
             return False
         if name not in _CACHE_ARGUMENTS or value is None:
             return value
-        if value.get_seq_length(self.layer_idx) > 0:
+        # By transformers' own flags (`is_initialized`, `is_conv_states_initialized`, ...) and not by its length: a
+        # recurrent layer of a cache has a state and no length.
+        flags = [held for layer in value.layers for flag, held in vars(layer).items() if flag.endswith("initialized")]
+        if any(any(held.values()) if isinstance(held, dict) else held for held in flags):
             raise ValueError(
-                f"layer {self.layer_idx}: {name} already holds {value.get_seq_length(self.layer_idx)} tokens while "
-                "gradients are on; train on the whole sequence, or run under torch.no_grad()"
+                f"layer {self.layer_idx}: {name} already holds tokens while gradients are on; train on the whole "
+                "sequence, or run under torch.no_grad()"
             )
         return None
 

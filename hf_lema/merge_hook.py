@@ -41,12 +41,18 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Takes the tensors back to the host."""
-        self._state.take_over(self._at_rest())
+        if tensors := self._at_rest():
+            self._state.take_over(tensors)
         self.weights_map = None  # PEFT leaves copies of the merged weights there
         return output
 
     def _at_rest(self) -> list[StreamedTensor]:
-        """The module's tensors that are still streamed: one that was unfrozen lives on the device."""
+        """The module's tensors that are at rest: one that was unfrozen lives on the device, and none rests in a visit.
+
+        In a visit transformers itself calls the hook, for modules whose weights a fused kernel uses without a call.
+        """
+        if self._state.is_visited:
+            return []
         return [tensor for tensor in self._tensors if tensor in self._state.streamed]
 
     def __deepcopy__(self, memo: object) -> ModelHook:

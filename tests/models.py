@@ -294,7 +294,7 @@ def assert_moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.T
     assert not same, f"did not train: {same}"
 
 
-def forward_backward(model: nn.Module, rows: dict[str, torch.Tensor] | None = None, seed: int = 11) -> torch.Tensor:
+def forward_backward(model: nn.Module, rows: dict[str, Any] | None = None, seed: int = 11) -> torch.Tensor:
     """One seeded loss and its backward; the loss."""
     torch.manual_seed(seed)
     loss = model(**(rows or batch(device=str(next(model.parameters()).device)))).loss

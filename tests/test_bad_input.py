@@ -22,6 +22,7 @@ from models import (
     ORDERS,
     PEFT_THEN_WRAP,
     STOCK,
+    TRANSFORMERS_5,
     WRAP_THEN_PEFT,
     RecordingTrainer,
     adapt,
@@ -314,6 +315,21 @@ def test_an_argument_that_needs_a_gradient_is_refused_by_name() -> None:
         assert_works_as_ever(model)
 
 
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="Gemma 4 came with transformers 5")
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_keys_and_values_shared_through_an_argument_are_refused_and_not_silently_detached(use_cache: bool) -> None:
+    config = transformers.Gemma4TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=8, max_position_embeddings=128, sliding_window=8,
+        num_kv_shared_layers=2, vocab_size_per_layer_input=128, hidden_size_per_layer_input=8, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    )  # fmt: skip
+    peft_config = lora(target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.0)
+    model = prepare(WRAP_THEN_PEFT, transformers.Gemma4ForCausalLM(config), peft_config)
+    with closing(model), pytest.raises(ValueError, match=r"layer \d+.*shared_kv_states"):
+        forward_backward(model, {**batch(), "use_cache": use_cache})
+
+
 def test_a_prefix_in_the_cache_with_gradients_is_refused_by_name() -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with closing(prepare(PEFT_THEN_WRAP, build(), config)) as model, pytest.raises(ValueError, match="past_key_values"):
@@ -325,7 +341,7 @@ def test_a_filled_cache_with_gradients_is_refused_and_left_alone() -> None:
         tokens = batch(1)["input_ids"]
         with torch.no_grad():
             cache = model(tokens[:, :4], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"past_key_values already holds 4 tokens.*no_grad"):
+        with pytest.raises(ValueError, match=r"past_key_values already holds tokens.*no_grad"):
             model(tokens[:, 4:], past_key_values=cache)
         assert cache.get_seq_length() == 4
 

@@ -474,6 +474,24 @@ def test_adapter_loaded_beside_another_is_equal(tmp_path: Path) -> None:
         assert_same_tensors(gradients(model), gradients(resident))
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapter_made_on_meta_and_filled_later_is_equal(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    trained = prepare(STOCK)
+    forward_backward(trained)
+    torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=1.0).step()
+    trained.save_pretrained(tmp_path)
+    results = []
+    for wrap in (False, True):
+        base = build()
+        if wrap:
+            LemaModelWrapper.wrap(base, device="cpu")
+        model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+        with closing(model):
+            results.append((forward_backward(model), gradients(model)))
+    assert torch.equal(results[1][0], results[0][0])
+    assert_same_tensors(results[1][1], results[0][1])
+
+
 def test_adapter_by_transformers_own_integration_is_equal(tmp_path: Path) -> None:
     losses = []
     for order in (STOCK, WRAP_THEN_PEFT):

@@ -95,9 +95,9 @@ def test_steps_move_what_the_schedule_predicts(seed: int, enqueues: bool) -> Non
         with streaming(num_layers, num_slots, absent=absent, enqueues=enqueues) as (streamer, store):
             resident = rng.sample(streamer.streamable_layers, rng.randint(0, len(streamer.streamable_layers)))
             streamer.set_resident(resident if rng.random() < 0.5 else [])
-            # A layer that leaves the wanted ones for less than a fetch takes need not be fetched again. That happens
-            # only where the slots hold half of the layers and the backward does not go all the way down.
-            unhurried = lowest > 0 and streamer.num_streamed < 2 * num_slots
+            # A layer that leaves the wanted ones for less time than a fetch takes need not be fetched again. That can
+            # happen where the backward does not go all the way down, and a step then moves less than predicted.
+            unhurried = lowest > 0 and not enqueues
             bounded(lambda: training_step(streamer, store, lowest, unhurried=unhurried))  # noqa: B023
             cold_bytes = at_rest(streamer)
             for _ in range(3):
@@ -107,6 +107,20 @@ def test_steps_move_what_the_schedule_predicts(seed: int, enqueues: bool) -> Non
             predicted = 3 * streamer.transfers_per_step(lowest) * streamer.layer_bytes
             case = (num_layers, num_slots, absent, streamer.resident_layers, lowest)
             assert found == predicted, case
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hurried_steps_move_no_more_than_the_schedule_predicts(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(6):
+        num_layers, num_slots = rng.randint(1, 9), rng.randint(2, 5)
+        lowest = rng.randrange(num_layers)
+        with streaming(num_layers, num_slots) as (streamer, store):
+            bounded(lambda: training_step(streamer, store, lowest))  # noqa: B023
+            cold_bytes = at_rest(streamer)
+            bounded(lambda: [training_step(streamer, store, lowest) for _ in range(3)])  # noqa: B023
+            predicted = 3 * streamer.transfers_per_step(lowest) * streamer.layer_bytes
+            assert at_rest(streamer) - cold_bytes <= predicted, (num_layers, num_slots, lowest)
 
 
 @both_ways

@@ -436,6 +436,37 @@ def test_unfrozen_last_layers_train_and_the_backward_stops_below_them(when: str,
     assert_same_run(streamed, expected)
 
 
+def test_run_of_unfrozen_layers_resumes_and_loads_its_best_model(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "learning_rate": 0.1,
+    }
+    ends = []
+    for wrap in (False, True):
+        for resume in (False, True):
+            model = unfrozen(build(), 2)
+            if wrap:
+                LemaModelWrapper.wrap(model, device="cpu")
+            folder = tmp_path / f"{wrap}"
+            with closing(model):
+                trainer = RecordingTrainer(
+                    model=model,
+                    args=arguments(folder, **settings),
+                    train_dataset=examples(),
+                    eval_dataset=examples(4, seed=9),
+                )
+                trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+                ends.append(({n: t.clone() for n, t in model.state_dict().items()}, trainer.evaluate()["eval_loss"]))
+    for state, loss in ends[1:]:
+        assert_same_tensors(state, ends[0][0])
+        assert loss == ends[0][1]
+
+
 def test_layer_visits_stop_below_the_lowest_trainable_layer(tmp_path: Path) -> None:
     peft_config = lora(target_modules=["q_proj", "down_proj"], layers_to_transform=[3, 5], layers_pattern="layers")
     model = prepare(WRAP_THEN_PEFT, build(num_layers=6), peft_config)
