@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -294,9 +294,11 @@ class ProxyState:
             self._micro_batches,
             hidden.shape[0],
         )
+        held = _held_by_containers(named)
         outputs = Recompute.apply(  # type: ignore[no-untyped-call]
             visit, hidden, *(parameter for _, _, parameter in trainables)
         )
+        self._refuse_written_arguments(held, _held_by_containers(named))
         return visit.rebuild(outputs)
 
     def call_plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -328,15 +330,26 @@ class ProxyState:
             return False
         if name not in _CACHE_ARGUMENTS or value is None:
             return value
-        # By transformers' own flags (`is_initialized`, `is_conv_states_initialized`, ...) and not by its length: a
-        # recurrent layer of a cache has a state and no length.
-        flags = [held for layer in value.layers for flag, held in vars(layer).items() if flag.endswith("initialized")]
-        if any(any(held.values()) if isinstance(held, dict) else held for held in flags):
+        if any(_holds_tokens(layer) for layer in value.layers):
             raise ValueError(
                 f"layer {self.layer_idx}: {name} already holds tokens while gradients are on; train on the whole "
                 "sequence, or run under torch.no_grad()"
             )
         return None
+
+    def _refuse_written_arguments(self, before: Mapping[str, set[int]], after: Mapping[str, set[int]]) -> None:
+        """Refuses a layer that hands tensors to later layers through one of its arguments: they have no gradient here.
+
+        Raises:
+            ValueError: A container among the arguments holds tensors that were not there before the visit.
+        """
+        written = [name for name, tensors in after.items() if tensors - before[name]]
+        if written:
+            raise ValueError(
+                f"layer {self.layer_idx} ({self.plain_class.__name__}) writes tensors into its arguments {written}, for "
+                "later layers to read; they would lose their gradient through a streamed layer. Train this model with "
+                "stock PEFT; evaluation under torch.no_grad() works"
+            )
 
     def _refuse_lost_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         refuse_lost_outputs(f"layer {self.layer_idx}", self._config, kwargs)
@@ -365,6 +378,26 @@ def refuse_lost_outputs(who: str, config: object, kwargs: Mapping[str, Any]) -> 
         )
 
 
+def _holds_tokens(cache_layer: object) -> bool:
+    """Whether a layer of a transformers cache has seen tokens.
+
+    By transformers' own flags (``is_initialized``, ``is_conv_states_initialized``, ...) and the tensors behind them,
+    not by its length: a recurrent layer has a state and no length, a placeholder is initialized and has nothing.
+    """
+    flags = [held for flag, held in vars(cache_layer).items() if flag.endswith("initialized")]
+    is_initialized = any(any(held.values()) if isinstance(held, dict) else held for held in flags)
+    return is_initialized and any(tensor.numel() for tensor in tensors_in(vars(cache_layer)))
+
+
+def _held_by_containers(named: Mapping[str, Any]) -> dict[str, set[int]]:
+    """Ids of the floating-point tensors in each argument that a layer could write into."""
+    return {
+        name: {id(tensor) for tensor in tensors_in(value) if tensor.is_floating_point()}
+        for name, value in named.items()
+        if isinstance(value, (MutableMapping, list))
+    }
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
@@ -372,7 +405,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
 

@@ -63,6 +63,9 @@ class Schedule:
 def transfers_per_step(layers: Sequence[int], num_layers: int, num_slots: int, lowest: int = 0) -> int:
     """How many layer transfers one training step makes once the sweep repeats.
 
+    Exactly so many where the backward reaches layer 0; with ``lowest`` above it at most so many, since a slow fetch may
+    keep a layer in its slot that a fast one would have replaced.
+
     With all N layers streamed and S slots this is ``2N - 2S``: the S layers around each turn are still in their slots.
     Found by walking the schedule that the prefetcher follows, not by a formula, so that it also holds for a subset of
     streamed layers.
