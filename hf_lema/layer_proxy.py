@@ -338,7 +338,7 @@ class ProxyState:
         return None
 
     def _refuse_written_arguments(self, before: Mapping[str, set[int]], after: Mapping[str, set[int]]) -> None:
-        """Refuses a layer that hands tensors to later layers through one of its arguments: they have no gradient here.
+        """Refuses a layer that hands tensors to later layers through an argument: they have no gradient here.
 
         Raises:
             ValueError: A container among the arguments holds tensors that were not there before the visit.
@@ -346,8 +346,8 @@ class ProxyState:
         written = [name for name, tensors in after.items() if tensors - before[name]]
         if written:
             raise ValueError(
-                f"layer {self.layer_idx} ({self.plain_class.__name__}) writes tensors into its arguments {written}, for "
-                "later layers to read; they would lose their gradient through a streamed layer. Train this model with "
+                f"layer {self.layer_idx} ({self.plain_class.__name__}) writes tensors into its arguments {written}, "
+                "for later layers to read; they would lose their gradient through a streamed layer. Train this model with "
                 "stock PEFT; evaluation under torch.no_grad() works"
             )
 
