@@ -347,8 +347,8 @@ class ProxyState:
         if written:
             raise ValueError(
                 f"layer {self.layer_idx} ({self.plain_class.__name__}) writes tensors into its arguments {written}, "
-                "for later layers to read; they would lose their gradient through a streamed layer. Train this model with "
-                "stock PEFT; evaluation under torch.no_grad() works"
+                "for later layers to read; they would lose their gradient through a streamed layer. Train this model "
+                "with stock PEFT; evaluation under torch.no_grad() works"
             )
 
     def _refuse_lost_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
