@@ -125,8 +125,8 @@ class HostStore(abc.ABC):
         """Says that the tensors of `host_views` were written to; later reads give the new values."""
 
     @abc.abstractmethod
-    def mark_if_changed(self, layer_idx: int) -> None:
-        """The same where it is not known whether they were written to."""
+    def mark_if_changed(self, layer_idx: int) -> bool:
+        """The same where it is not known whether they were written to; returns whether reads differ from before."""
 
     def close(self) -> None:
         """Gives back page-locks, threads and files. May be called any number of times."""
@@ -246,8 +246,9 @@ class RamStore(HostStore):
     def mark_changed(self, layer_idx: int) -> None:
         """Nothing to do: the slab is what is read."""
 
-    def mark_if_changed(self, layer_idx: int) -> None:
+    def mark_if_changed(self, layer_idx: int) -> bool:
         """Nothing to do: the slab is what is read."""
+        return False
 
     def close(self) -> None:
         super().close()
@@ -330,10 +331,11 @@ class DiskStore(HostStore):
     def mark_changed(self, layer_idx: int) -> None:
         self._changed.add(layer_idx)
 
-    def mark_if_changed(self, layer_idx: int) -> None:
+    def mark_if_changed(self, layer_idx: int) -> bool:
         firsts = {id(self._mapped[span.path]): span for span in self._spans[layer_idx]}.values()
         if any(has_private_pages(tensor_over(self._mapped[span.path], 0, (1,), torch.uint8)) for span in firsts):
             self._changed.add(layer_idx)
+        return layer_idx in self._changed
 
     def close(self) -> None:
         super().close()

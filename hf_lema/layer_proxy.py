@@ -109,6 +109,7 @@ class ProxyState:
         self._config = config
         self._micro_batches = micro_batches
         self.has_trained = False
+        self._was_visited = False
         self.on_sweep: Callable[[int], None] | None = None
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
         parameters = inspect.signature(self.plain_class.forward).parameters.values()
@@ -141,7 +142,7 @@ class ProxyState:
             if self._signature is not None and self.streamed:
                 # An adapter was added or taken away; some initialisations (OLoRA) write to the base through `.data`,
                 # which no version counter and no pointer shows.
-                self.streamer.invalidate_if_changed(self.layer_idx)
+                self.streamer.invalidate_if_changed(self.layer_idx, was_visited=self._was_visited)
             self._modules = list(self.layer.modules())
             streamed = {(id(t.owner), t.attribute) for t in self.streamed}
             self._own = [
@@ -169,6 +170,7 @@ class ProxyState:
         if direction is Direction.BACKWARD:
             self.reconcile()
         self.has_trained = self.has_trained or direction is Direction.BACKWARD
+        self._was_visited = True
         with self.streamer.lease(self.layer_idx, direction, expect_backward=expect_backward) as lent:
             at_rest = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
             with self.swapped(at_rest, [lent[tensor.name] for tensor in self.streamed]):
@@ -330,7 +332,9 @@ class ProxyState:
             return False
         if name not in _CACHE_ARGUMENTS or value is None:
             return value
-        if any(_holds_tokens(layer) for layer in value.layers):
+        # This layer's own part: a frozen layer below, which needs no recompute, may have filled its part just now.
+        own = value.layers[self.layer_idx : self.layer_idx + 1]
+        if own and _holds_tokens(own[0]):
             raise ValueError(
                 f"layer {self.layer_idx}: {name} already holds tokens while gradients are on; train on the whole "
                 "sequence, or run under torch.no_grad()"

@@ -197,10 +197,15 @@ class LayerStreamer:
         self.host_store.mark_changed(layer_idx)
         self._forget(layer_idx)
 
-    def invalidate_if_changed(self, layer_idx: int) -> None:
-        """The same where it is not known whether the bytes have changed."""
-        self.host_store.mark_if_changed(layer_idx)
-        self._forget(layer_idx)
+    def invalidate_if_changed(self, layer_idx: int, *, was_visited: bool) -> None:
+        """The same where it is not known whether the bytes have changed.
+
+        Args:
+            layer_idx: The layer.
+            was_visited: Whether a slot may hold it from before; one that was never visited is fetched after the change.
+        """
+        if self.host_store.mark_if_changed(layer_idx) or was_visited:
+            self._forget(layer_idx)
 
     def _forget(self, layer_idx: int) -> None:
         if layer_idx in self._residents:
