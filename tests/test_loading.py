@@ -664,14 +664,20 @@ def test_loading_and_packing_hold_no_more_of_a_deep_model_than_of_a_shallow_one(
     folders = [
         save(build(architecture, num_layers=num_layers, **wide), tmp_path / f"{architecture}-{num_layers}")
         for architecture in ("llama", "mixtral")
-        for num_layers in (2, 8)
+        for num_layers in (2, 14)
     ]
     warm_up = folders[0]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE_RAM, *map(str, [warm_up, *folders])], capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEASURE_RAM, *map(str, [warm_up, *folders])],
+        # What is freed goes back to the system at once, whichever thread had it: else the allocator's own reserve, up to
+        # four layers here, is measured.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     measured = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[1:]]
     for (shallow_bytes, layer_bytes), (deep_bytes, _) in (measured[:2], measured[2:]):
         assert layer_bytes > 2**21
-        assert deep_bytes - shallow_bytes < 4 * layer_bytes, f"{(deep_bytes - shallow_bytes) / layer_bytes:.1f} layers"
+        assert deep_bytes - shallow_bytes < 3 * layer_bytes, f"{(deep_bytes - shallow_bytes) / layer_bytes:.1f} layers"
