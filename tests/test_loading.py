@@ -669,8 +669,8 @@ def test_loading_and_packing_hold_no_more_of_a_deep_model_than_of_a_shallow_one(
     warm_up = folders[0]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE_RAM, *map(str, [warm_up, *folders])],
-        # What is freed goes back to the system at once, whichever thread had it: else the allocator's own reserve, up to
-        # four layers here, is measured.
+        # What is freed goes back to the system at once, whichever thread had it: else the reserve of the allocator, up
+        # to four layers here, is measured.
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
