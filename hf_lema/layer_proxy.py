@@ -114,7 +114,8 @@ class ProxyState:
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
         parameters = inspect.signature(self.plain_class.forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-        self._versions = [self.registered(t)._version for t in streamed]
+        self._left: list[tuple[StreamedTensor, int, int]] = []
+        self._note_left()
         self._journal: list[tuple[dict[str, Any], str, Any]] = []
         self._modules: list[nn.Module] = []
         self._signature: list[int] | None = None
@@ -213,16 +214,29 @@ class ProxyState:
             RuntimeError: A streamed tensor was unfrozen after training began.
             ValueError: A replaced tensor has another shape or dtype than the store's.
         """
-        promoted = [t for t in self.streamed if self.registered(t).requires_grad]
+        touched = [
+            tensor
+            for tensor, pointer, version in self._left
+            if (found := tensor.owner._parameters[tensor.attribute])._version != version  # type: ignore[union-attr]
+            or found.requires_grad
+            or found.data_ptr() != pointer
+        ]
+        if not touched:
+            return
+        promoted = [t for t in touched if self.registered(t).requires_grad]
         if promoted:
             self._promote(promoted)
-        changed = [t for t in self.streamed if self.registered(t).data_ptr() != self.host_views[t.name].data_ptr()]
-        versions = [self.registered(t)._version for t in self.streamed]
-        if changed:
-            self.take_over(changed)
-        elif versions != self._versions:
+        kept = [t for t in touched if t not in promoted]
+        replaced = [t for t in kept if self.registered(t).data_ptr() != self.host_views[t.name].data_ptr()]
+        if replaced:
+            self.take_over(replaced)
+        elif kept:
             self.streamer.invalidate(self.layer_idx)
-        self._versions = versions
+        self._note_left()
+
+    def _note_left(self) -> None:
+        """Remembers where the streamed tensors lie at rest, and their versions."""
+        self._left = [(t, self.host_views[t.name].data_ptr(), self.registered(t)._version) for t in self.streamed]
 
     def take_over(self, changed: list[StreamedTensor]) -> None:
         """Copies replaced tensors into the store and registers the store's memory again."""

@@ -71,6 +71,8 @@ class Slot:
         self.released_event: Event = make_event(buffer.device)
         self.generation = 0
         self._views: dict[tuple[object, ...], dict[str, nn.Parameter]] = {}
+        # By the layout's identity: its tensors would be hashed at every visit.
+        self._of_layout: dict[int, tuple[LayerLayout, dict[str, nn.Parameter]]] = {}
 
     def move_to(self, state: SlotState, layer_idx: int | None) -> None:
         """The one place where the state changes."""
@@ -81,6 +83,9 @@ class Slot:
 
     def parameters(self, layout: LayerLayout) -> dict[str, nn.Parameter]:
         """The layer's tensors as parameters that need no gradient; see Note [slot views]."""
+        found = self._of_layout.get(id(layout))
+        if found is not None:
+            return found[1]
         key = layout.tensors
         if key not in self._views:
             with torch.inference_mode(False):  # made in an evaluation, they must still serve training
@@ -88,6 +93,7 @@ class Slot:
                     name: nn.Parameter(view.data, requires_grad=False)
                     for name, view in layout.views(self.buffer).items()
                 }
+        self._of_layout[id(layout)] = (layout, self._views[key])
         return self._views[key]
 
     def begin_fill(self, layer_idx: int) -> None:
