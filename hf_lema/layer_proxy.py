@@ -217,7 +217,7 @@ class ProxyState:
         touched = [
             tensor
             for tensor, pointer, version in self._left
-            if (found := tensor.owner._parameters[tensor.attribute])._version != version  # type: ignore[union-attr]
+            if (found := self.registered(tensor))._version != version
             or found.requires_grad
             or found.data_ptr() != pointer
         ]
