@@ -143,6 +143,40 @@ def tensor_over(memory: memoryview, offset_bytes: int, shape: tuple[int, ...], d
     return torch.frombuffer(memory, dtype=dtype, count=num_elements, offset=offset_bytes).view(shape)
 
 
+def device_view(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the device over page-locked host memory, which kernels read over the bus.
+
+    Args:
+        tensor: A contiguous CPU tensor inside a `HostBuffer` that is page-locked.
+        device: The CUDA device; on a CPU the tensor itself is returned.
+
+    Returns:
+        The same memory, shape and dtype.
+    """
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):
+        as_bytes: torch.Tensor = torch.as_tensor(_CudaArray(tensor.data_ptr(), tensor.nbytes, tensor), device=device)
+    return as_bytes.view(tensor.dtype).view(tensor.shape)
+
+
+class _CudaArray:
+    """Bytes at an address, as version 3 of the CUDA array interface (Numba's documentation) describes them.
+
+    torch keeps this object, and with it the memory, as long as its own tensor.
+    """
+
+    def __init__(self, address: int, nbytes: int, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "strides": None,
+            "version": 3,
+        }
+
+
 def available_host_bytes() -> int:
     """Bytes that this process may still take: the least of the machine's available memory and its cgroups' room.
 

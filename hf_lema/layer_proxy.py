@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lema.micro_batch import MicroBatches
-from hf_lema.recompute import Recompute, Visit
+from hf_lema.recompute import Recompute, Visit, VisitOptions
 from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
 from hf_lema.streamer import LayerStreamer
@@ -85,11 +84,11 @@ class ProxyState:
         streamer: Lends the weights.
         streamed: The tensors that are lent.
         config: The model's configuration, for flags that ask inner modules for outputs.
-        micro_batches: How training visits are cut.
+        options: How training visits are run.
 
     Attributes:
         has_trained: Whether a backward has visited the layer.
-        on_sweep: Called with the number of tokens before a training visit (set on the first layer).
+        on_sweep: Called with the hidden states before a training visit (set on the first layer).
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class ProxyState:
         streamer: LayerStreamer,
         streamed: tuple[StreamedTensor, ...],
         config: object,
-        micro_batches: MicroBatches,
+        options: VisitOptions,
     ) -> None:
         self.layer_idx = layer_idx
         self.layer = layer
@@ -107,7 +106,7 @@ class ProxyState:
         self.streamer = streamer
         self.streamed = streamed
         self._config = config
-        self._micro_batches = micro_batches
+        self._options = options
         self.has_trained = False
         self._was_visited = False
         self.on_sweep: Callable[[int], None] | None = None
@@ -307,7 +306,7 @@ class ProxyState:
             slots,
             hooks,
             self.streamer.device,
-            self._micro_batches,
+            self._options,
             hidden.shape[0],
         )
         held = _held_by_containers(named)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hf_lema.outside import OutsideWeights
+from hf_lema.pieced_loss import PiecedHead, PiecedLoss
 from hf_lema.replay import AutocastState
 
 MAX_CHUNK_BYTES = 256 * 2**20
@@ -46,13 +48,20 @@ class ChunkedLoss:
     Args:
         lm: The model.
         plain_forward: The forward of its own class.
+        outside: Where the head lies; None for a head that stays on the device.
         max_chunk_bytes: See `MAX_CHUNK_BYTES`.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, plain_forward: Callable[..., Any], max_chunk_bytes: int = MAX_CHUNK_BYTES
+        self,
+        lm: PreTrainedModel,
+        plain_forward: Callable[..., Any],
+        outside: OutsideWeights | None = None,
+        max_chunk_bytes: int = MAX_CHUNK_BYTES,
     ) -> None:
         self._lm = lm
+        self._outside = outside
+        self._max_logits = max_chunk_bytes // _BYTES_PER_LOGIT
         self._plain_forward = plain_forward
         self._names = list(inspect.signature(plain_forward).parameters)[1:]
         self._supported = "logits_to_keep" in self._names and lm.base_model is not lm
@@ -68,13 +77,14 @@ class ChunkedLoss:
         if not self._can_cut(labels, kwargs):
             return self._plain_forward(self._lm, **kwargs)
         backbone_kwargs = {**kwargs, "labels": None, "logits_to_keep": 1}
-        with self._backbone_recorded() as seen:
+        with self._backbone_recorded() as seen, self._head_skipped():
             output = self._plain_forward(self._lm, **backbone_kwargs)
         self._backbone_output = type(seen[0])
         hidden = seen[0].last_hidden_state
         if not self._checked and not self._agrees_with_plain(hidden):
             return self._plain_forward(self._lm, **kwargs)
-        shape = (*hidden.shape[:-1], output.logits.shape[-1])
+        vocab_size = self._outside.num_rows if self._head_is_lent else output.logits.shape[-1]  # type: ignore[union-attr]
+        shape = (*hidden.shape[:-1], vocab_size)
         autocast = AutocastState.capture(hidden.device)
         logits = DeferredLogits(
             lambda: self._logits(hidden, autocast), shape, output.logits.dtype, output.logits.device
@@ -86,12 +96,24 @@ class ChunkedLoss:
         return (
             self._supported
             and isinstance(labels, torch.Tensor)
-            and labels.numel() > self.chunk_tokens
+            and (labels.numel() > self.chunk_tokens or self._head_is_lent)
             and kwargs.get("logits_to_keep", 0) == 0
             and kwargs.get("shift_labels") is None
             and kwargs.get("return_dict", self._lm.config.return_dict) is not False
             and not kwargs.get("output_router_logits", getattr(self._lm.config, "output_router_logits", False))
         )
+
+    @property
+    def _head_is_lent(self) -> bool:
+        """Whether the head comes in pieces from host memory; one with trainable parts needs gradients and does not."""
+        return (
+            self._outside is not None
+            and self._outside.head_is_lent
+            and not any(p.requires_grad for p in self._lm.get_output_embeddings().parameters())
+        )
+
+    def _head_skipped(self) -> AbstractContextManager[None]:
+        return self._outside.head_skipped() if self._head_is_lent else nullcontext()  # type: ignore[union-attr]
 
     def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
@@ -100,11 +122,24 @@ class ChunkedLoss:
         if num_items is None:
             num_items = (targets != ignore_index).sum()
         flat = hidden.reshape(-1, hidden.shape[-1])
+        if self._head_is_lent:
+            return self._pieced_loss(flat, targets, num_items, ignore_index)
         losses = [
             self._chunk_loss(chunk, part, num_items, ignore_index)
             for chunk, part in zip(flat.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
         ]
         return torch.stack(losses).sum()
+
+    def _pieced_loss(self, flat: torch.Tensor, targets: torch.Tensor, num_items: Any, ignore: int) -> torch.Tensor:
+        def logits_of(part: torch.Tensor) -> torch.Tensor:
+            with self._backbone_replaced(part[None]):
+                logits: torch.Tensor = self._plain_forward(self._lm).logits[0]
+            return logits
+
+        assert self._outside is not None
+        head = PiecedHead(logits_of=logits_of, pieces=self._outside.head_pieces, max_logits=self._max_logits)
+        loss: torch.Tensor = PiecedLoss.apply(head, flat, targets, num_items, ignore)  # type: ignore[no-untyped-call]
+        return loss
 
     def _chunk_loss(self, chunk: torch.Tensor, targets: torch.Tensor, num_items: Any, ignore: int) -> torch.Tensor:
         """Loss of one chunk over the count of the whole batch; its logits are recomputed in the backward."""
@@ -137,11 +172,12 @@ class ChunkedLoss:
         with torch.no_grad():
             with self._backbone_replaced(few):
                 whole = self._plain_forward(self._lm, labels=labels).loss
+            one = self._pieced_loss if self._head_is_lent else self._chunk_loss
             parts = [
-                self._chunk_loss(few[0, part], targets[part], few.shape[1] - 1, IGNORE_INDEX)
+                one(few[0, part], targets[part], few.shape[1] - 1, IGNORE_INDEX)
                 for part in (slice(0, half), slice(half, None))
             ]
-        self._supported = bool(torch.isclose(sum(parts, torch.zeros_like(whole)), whole, rtol=1e-2))
+        self._supported = bool(torch.isclose(torch.stack(parts).sum().to(whole.dtype), whole, rtol=1e-2))
         if not self._supported:
             warnings.warn(
                 f"{type(self._lm).__name__} does not use the plain causal-LM loss; its full logits are kept in VRAM",

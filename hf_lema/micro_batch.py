@@ -61,10 +61,13 @@ class MicroBatches:
 
     Args:
         micro_batch_size: Sequences in a piece; 0 to cut nothing.
+
+    Attributes:
+        micro_batch_size: As given; may be changed between steps.
     """
 
     def __init__(self, micro_batch_size: int) -> None:
-        self._micro_batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size
         self._may_cut: dict[type[nn.Module], bool] = {}
 
     def pieces(
@@ -83,7 +86,7 @@ class MicroBatches:
             run: Calls the layer's forward with hidden states and arguments.
         """
         batch_size = hidden.shape[0]
-        size = self._micro_batch_size
+        size = self.micro_batch_size
         whole = [Piece(0, batch_size)]
         if not size or batch_size <= size or hidden.dim() != 3 or not _known(named):
             return whole

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from hf_lema.boundaries import Boundaries
 from hf_lema.micro_batch import MicroBatches, Piece
 from hf_lema.replay import AutocastState, ForwardHooks, RandomState
 from hf_lema.schedule import Direction
+from hf_lema.token_tiles import TokenTiles
 
 
 class StreamedLayer(Protocol):
@@ -41,6 +44,21 @@ class StreamedLayer(Protocol):
         """Calls the forward of the layer's own class."""
 
 
+@dataclass(frozen=True)
+class VisitOptions:
+    """How visits are run; shared by all layers of a model. Each may be changed between steps.
+
+    Attributes:
+        micro_batches: How visits are cut along the batch.
+        tiles: How the token-wise part of a layer is cut along the tokens.
+        boundaries: Where hidden states wait for the backward, if not in device memory.
+    """
+
+    micro_batches: MicroBatches
+    tiles: TokenTiles
+    boundaries: Boundaries
+
+
 class Visit:
     """Everything that a later recompute of one forward visit needs, besides the hidden states.
 
@@ -51,7 +69,7 @@ class Visit:
         trainable_slots: (registry, name) of each trainable tensor.
         hooks: Forward hooks under the layer at the time of the visit.
         device: Where the layer computes.
-        micro_batches: How visits are cut.
+        options: How visits are run.
         batch_size: Sequences in the batch.
     """
 
@@ -63,13 +81,13 @@ class Visit:
         trainable_slots: list[tuple[dict[str, Any], str]],
         hooks: ForwardHooks,
         device: torch.device,
-        micro_batches: MicroBatches,
+        options: VisitOptions,
         batch_size: int,
     ) -> None:
         self.layer = layer
+        self.options = options
         self._args = args
         self._named = kwargs
-        self._micro_batches = micro_batches
         self._batch_size = batch_size
         self._pieces: list[Piece] = []
         self._trainable_slots = trainable_slots
@@ -92,14 +110,14 @@ class Visit:
         """
         named = self._named if piece is None else piece.cut_named(self._named, self._batch_size)
         registered = [(registry, name, registry[name]) for registry, name in self._trainable_slots]
-        with self.layer.swapped(registered, trainables):
+        with self.layer.swapped(registered, trainables), self.options.tiles.entered(self.layer.layer, hidden):
             output = self.layer.call_plain(hidden, *self._args, **named)
         return self._tensors_of(output)
 
     def run_forward(self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The forward visit, piece by piece; the pieces are remembered for the recompute."""
         if not self._args:
-            self._pieces = self._micro_batches.pieces(
+            self._pieces = self.options.micro_batches.pieces(
                 self.layer.layer, hidden, self._named, lambda part, named: self.layer.call_plain(part, **named)
             )
         if not self.is_cut:
@@ -196,7 +214,12 @@ class Recompute(torch.autograd.Function):
     def forward(ctx: Any, visit: Visit, hidden: torch.Tensor, *trainables: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.visit = visit
         ctx.set_materialize_grads(False)  # an output that nobody used must give no gradient, not zeros
-        ctx.save_for_backward(hidden, *trainables)
+        boundaries = visit.options.boundaries
+        # A layer's input is contiguous; one that is not would come back with other strides, so it stays.
+        leaves = boundaries.in_use and hidden.is_contiguous() and hidden.numel() > 0
+        ctx.boundaries = boundaries if leaves else None
+        saved = boundaries.keep(hidden) if leaves else hidden
+        ctx.save_for_backward(saved, *trainables)
         with visit.layer.weights(Direction.FORWARD, expect_backward=True):
             outputs = visit.run_forward(hidden, tuple(t.detach() for t in trainables))
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
@@ -206,7 +229,8 @@ class Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         visit: Visit = ctx.visit
-        hidden, *trainables = ctx.saved_tensors
+        saved, *trainables = ctx.saved_tensors
+        hidden = saved if ctx.boundaries is None else ctx.boundaries.bring(saved)
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
         aliases = tuple(t.detach().requires_grad_(True) for t in trainables)
         with visit.layer.weights(Direction.BACKWARD), torch.enable_grad():

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -40,6 +41,13 @@ class StreamerStats:
     wait_s: float
     disk_bytes: int
     h2d_bytes: int
+
+
+class Closeable(Protocol):
+    """Whatever holds threads, page-locks, files or device memory."""
+
+    def close(self) -> None:
+        """Gives them back. May be called any number of times."""
 
 
 class LayerStreamer:
@@ -71,8 +79,11 @@ class LayerStreamer:
         if self.streamable_layers:
             pool = SlotPool(num_slots, self.layer_bytes, device)
             self._prefetcher = Prefetcher(pool, store, device)
+        self._owned: list[Closeable] = [store]
+        if self._prefetcher is not None:
+            self._owned.insert(0, self._prefetcher)
         # A model that is dropped without close() must not leave its thread and page-locked memory behind.
-        self._finalizer = weakref.finalize(self, _close_from_anywhere, self._prefetcher, store, self._owner_pid)
+        self._finalizer = weakref.finalize(self, _close_from_anywhere, self._owned, self._owner_pid)
         self._finalizer.atexit = False
 
     @property
@@ -213,6 +224,10 @@ class LayerStreamer:
         if self._prefetcher is not None and not self.closed:
             self._prefetcher.invalidate(layer_idx)
 
+    def own(self, resource: Closeable) -> None:
+        """Takes over something that is to be closed with the streamer, before what it was made from."""
+        self._owned.insert(0, resource)
+
     def close(self) -> None:
         """Ends the thread, gives back slots, page-locks and files. May be called any number of times.
 
@@ -222,24 +237,22 @@ class LayerStreamer:
             return
         self._final_stats = self._final_stats or self.stats()
         self.closed = True
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-        self.host_store.close()
+        for resource in self._owned:
+            resource.close()
         self._residents.clear()
         # Only now: an interrupted close can be called again.
         self._prefetcher = None
         self._finalizer.detach()
 
 
-def _close_from_anywhere(prefetcher: Prefetcher | None, store: HostStore, owner_pid: int) -> None:
+def _close_from_anywhere(owned: list[Closeable], owner_pid: int) -> None:
     """Closes what a dropped streamer owned, in a thread: the garbage collector may run on a thread to be joined."""
     if os.getpid() != owner_pid:
         return
 
     def close() -> None:
-        if prefetcher is not None:
-            prefetcher.close()
-        store.close()
+        for resource in owned:
+            resource.close()
 
     threading.Thread(target=close, name="hf_lema-closer", daemon=True).start()
 

@@ -14,6 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_lema.boundaries import Boundaries
+from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
 from hf_lema.layer_proxy import (
     COPY_MESSAGE,
@@ -27,15 +29,21 @@ from hf_lema.loading import build_skeleton, find_decoder_layers
 from hf_lema.loss import ChunkedLoss
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.micro_batch import MicroBatches
+from hf_lema.outside import OutsideWeights
 from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_model, streamed_tensors
+from hf_lema.recompute import VisitOptions
 from hf_lema.residency import VramBudget
 from hf_lema.streamer import LayerStreamer
+from hf_lema.token_tiles import TokenTiles
 
 DATA_PARALLEL_MESSAGE = (
     "several GPUs are visible and there is no launcher: Trainer would use torch.nn.DataParallel, which copies the "
     "model to every GPU and cannot stream it. Make one GPU visible (CUDA_VISIBLE_DEVICES=0), or launch one process a "
     "GPU (accelerate launch, torchrun)"
 )
+
+MIN_PIECE_BYTES = 64 * 2**20
+"""Smallest piece in which a head in host memory comes to the device, however small the layers are."""
 
 
 class LemaModelWrapper(nn.Module):
@@ -225,20 +233,41 @@ class _Runtime:
         layers: Its proxied layers, in order.
         streamer: Their weights.
         config: The user's choices.
+        options: How its layers' visits are run.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, layers: list[ProxyState], streamer: LayerStreamer, config: LemaConfig
+        self,
+        lm: PreTrainedModel,
+        layers: list[ProxyState],
+        streamer: LayerStreamer,
+        config: LemaConfig,
+        options: VisitOptions,
     ) -> None:
         self.plain_class = type(lm)
         self.layers = layers
         self.streamer = streamer  # owned
         self.config = config
         self.budget: VramBudget | None = None
-        self.loss = ChunkedLoss(lm, self.plain_class.forward)
+        self.options = options
+        self.outside = OutsideWeights(lm, streamer.device, piece_bytes=max(streamer.layer_bytes, MIN_PIECE_BYTES))
+        self.loss = ChunkedLoss(lm, self.plain_class.forward, self.outside)
+        streamer.own(options.boundaries)
+        streamer.own(self.outside)
         self._lm_buffers_and_parameters: Callable[[], Iterator[torch.Tensor]] = lambda: iter(
             [*lm.parameters(), *lm.buffers()]
         )
+
+    def apply(self, choices: StepChoices) -> None:
+        """Runs steps in this way from now on. Only between steps."""
+        self.options.micro_batches.micro_batch_size = choices.micro_batch_size
+        self.options.tiles.tile_tokens = choices.tile_tokens
+        self.options.boundaries.in_use = choices.boundaries_in_ram
+        if choices.outside_in_ram:
+            self.outside.move_to_host()
+        else:
+            self.outside.move_to_device()
+        self.streamer.set_resident(choices.resident_layers)
 
     def start_budget(self) -> None:
         """Sets the VRAM budget, once everything that is not streamed has been placed."""
@@ -264,10 +293,11 @@ def _assemble(
     streamer: LayerStreamer,
     config: LemaConfig,
 ) -> None:
-    cut = MicroBatches(config.micro_batch_size)
+    boundaries = Boundaries(streamer.device, len(layers))
+    options = VisitOptions(MicroBatches(config.micro_batch_size), TokenTiles(), boundaries)
     flags = lm.config.get_text_config()
-    states = [ProxyState(i, layer, streamer, places.get(i, ()), flags, cut) for i, layer in enumerate(layers)]
-    lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config)
+    states = [ProxyState(i, layer, streamer, places.get(i, ()), flags, options) for i, layer in enumerate(layers)]
+    lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config, options)
     for state in states:
         graft_layer(state)
         install_merge_hooks(state)
@@ -311,6 +341,20 @@ def find_streamer(model: nn.Module) -> LayerStreamer | None:
     """The runtime behind a model, through ``PeftModel``, DDP or any other module around it; None if there is none."""
     lm = _find_wrapped(model)
     return None if lm is None else _runtime_of(lm).streamer
+
+
+def apply_choices(model: nn.Module, choices: StepChoices) -> None:
+    """Has a wrapped model run its steps in a given way from now on; for those who know better than the budget.
+
+    Args:
+        model: A wrapped model, or a module around one. No step may be under way.
+        choices: The way.
+
+    Raises:
+        ValueError: The model is not wrapped, or a resident layer does not exist.
+    """
+    get_streamer(model)
+    _runtime_of(_find_wrapped(model)).apply(choices)
 
 
 def get_streamer(model: nn.Module) -> LayerStreamer:

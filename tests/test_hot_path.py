@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_lema"
-HOT_MODULES = ("events", "host_store", "slots", "prefetcher", "streamer", "recompute", "replay", "layer_proxy")
+HOT_MODULES = (
+    "events", "host_store", "slots", "prefetcher", "streamer", "recompute", "replay", "layer_proxy", "boundaries"
+)  # fmt: skip
 
 METHODS = {"synchronize", "record_stream", "to", "cpu", "cuda", "item", "tolist", "pin_memory", "clone", "contiguous"}
 FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "rand", "randn", "arange", "cat", "stack"}
@@ -30,6 +32,8 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
     ("streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
     ("recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
+    ("boundaries", "_Arrival.__init__", "torch.empty"): "two buffers, made again only for a longer batch",
+    ("boundaries", "Boundaries._close_slabs", "synchronize"): "end of a life, or of a buffer that was too small",
     ("layer_proxy", "ProxyState._promote", "to"): "once, when a base tensor is unfrozen",
     ("layer_proxy", "ProxyState._bring_to_device", "to"): "once, at the first visit after an adapter was added",
 }

@@ -11,10 +11,12 @@ import torch
 from fake_store import CPU
 from torch import nn
 
+from hf_lema.boundaries import Boundaries
 from hf_lema.micro_batch import MicroBatches
-from hf_lema.recompute import Recompute, Visit
+from hf_lema.recompute import Recompute, Visit, VisitOptions
 from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
+from hf_lema.token_tiles import TokenTiles
 
 
 class Toy(nn.Module):
@@ -63,7 +65,7 @@ class Layer:
 
     def __init__(self, toy: Toy, micro_batch_size: int = 0) -> None:
         self.toy = self.layer = toy
-        self.micro_batches = MicroBatches(micro_batch_size)
+        self.options = VisitOptions(MicroBatches(micro_batch_size), TokenTiles(), Boundaries(CPU, num_layers=1))
         self.visits: list[tuple[Direction, bool]] = []
         self.is_lent = False
         self._at_home = toy.frozen.detach().clone()
@@ -108,7 +110,7 @@ class Layer:
         trainable = self.trainable()
         slots = [(registry, name) for registry, name, _ in trainable]
         hooks = ForwardHooks.capture(list(self.toy.modules())[1:])
-        visit = Visit(self, args, kwargs, slots, hooks, CPU, self.micro_batches, hidden.shape[0])
+        visit = Visit(self, args, kwargs, slots, hooks, CPU, self.options, hidden.shape[0])
         return visit.rebuild(Recompute.apply(visit, hidden, *(p for _, _, p in trainable)))
 
 

@@ -1,0 +1,29 @@
+"""How training steps are run: what a plan decides, and what may change between steps.
+
+Responsibility: `StepChoices`. Knows no models and no devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepChoices:
+    """Where things lie during a training step, and in which parts it computes.
+
+    The defaults are the fastest way where memory is no question; each other value saves device memory.
+
+    Attributes:
+        micro_batch_size: Sequences that a layer computes on at a time; 0 for the whole batch.
+        tile_tokens: Tokens on which the token-wise part of a layer computes at a time; 0 for all.
+        boundaries_in_ram: Whether the inputs of layers wait for the backward in host memory.
+        outside_in_ram: Whether embedding and head lie in host memory.
+        resident_layers: Layers whose weights stay on the device.
+    """
+
+    micro_batch_size: int = 0
+    tile_tokens: int = 0
+    boundaries_in_ram: bool = False
+    outside_in_ram: bool = False
+    resident_layers: tuple[int, ...] = ()

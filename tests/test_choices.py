@@ -1,0 +1,149 @@
+"""Every way to run a step gives the numbers of the others: bit for bit where no sum changes its order."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    ARCHITECTURES,
+    ORDERS,
+    STOCK,
+    assert_same_run,
+    assert_same_tensors,
+    batch,
+    build,
+    closing,
+    forward_backward,
+    gradients,
+    lora,
+    prepare,
+    train,
+)
+
+from hf_lema.choices import StepChoices
+from hf_lema.wrapper import apply_choices, find_streamer
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_boundaries_in_ram_change_no_bit(architecture: str) -> None:
+    results = []
+    for order in (STOCK, *ORDERS):
+        model = prepare(order, build(architecture), lora(architecture))
+        with closing(model):
+            if order != STOCK:
+                apply_choices(model, StepChoices(boundaries_in_ram=True))
+            results.append((forward_backward(model), gradients(model)))
+    for loss, grads in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert_same_tensors(grads, results[0][1])
+
+
+def test_training_with_boundaries_in_ram_is_equal_step_by_step(tmp_path: Path) -> None:
+    expected = train(prepare(STOCK), tmp_path / "stock", max_steps=8, gradient_accumulation_steps=2)
+    model = prepare(ORDERS[0])
+    with closing(model):
+        apply_choices(model, StepChoices(boundaries_in_ram=True, resident_layers=(1,)))
+        found = train(model, tmp_path / "streamed", max_steps=8, gradient_accumulation_steps=2)
+    assert_same_run(found, expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_saving_at_once_differs_by_rounding_alone(architecture: str) -> None:
+    rows = batch(5)
+    fields = {"attn_pdrop": 0.0, "resid_pdrop": 0.0} if architecture == "gpt2" else {}
+    saving = StepChoices(
+        micro_batch_size=2, tile_tokens=10, boundaries_in_ram=True, outside_in_ram=True, resident_layers=(2,)
+    )
+    results = []
+    for choices in (StepChoices(), saving):
+        base = build(architecture, dtype=torch.float64, **fields)
+        if architecture == "mixtral":
+            base.config._experts_implementation = "eager"  # the grouped kernel knows no float64
+        model = prepare(ORDERS[0], base, lora(architecture, lora_dropout=0.0))
+        with closing(model), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.double()
+            apply_choices(model, choices)
+            results.append((forward_backward(model, rows), gradients(model)))
+            with torch.no_grad():
+                results[-1] += (model.eval()(**rows).loss,)
+    torch.testing.assert_close(results[1][0].double(), results[0][0].double(), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(results[1][2].double(), results[0][2].double(), rtol=1e-6, atol=0.0)
+    for name, expected in results[0][1].items():
+        # transformers computes the loss in float32, our pieces in the model's float64.
+        torch.testing.assert_close(results[1][1][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_tiles_run_the_token_wise_part_and_nothing_else() -> None:
+    model = prepare(ORDERS[0], build("llama"), lora("llama", lora_dropout=0.0))
+    seen: dict[str, set[int]] = {"mlp": set(), "self_attn": set()}
+    layer = model.get_base_model().model.layers[1]
+    layer.mlp.down_proj.register_forward_hook(lambda _m, args, _o: seen["mlp"].add(args[0].shape[1]))
+    layer.self_attn.o_proj.register_forward_hook(lambda _m, args, _o: seen["self_attn"].add(args[0].shape[1]))
+    with closing(model):
+        rows = batch(2)
+        apply_choices(model, StepChoices(tile_tokens=12))
+        forward_backward(model, rows)
+        seq_len = rows["input_ids"].shape[1]
+        seen["mlp"].discard(seq_len // 2)  # the check: halves of the first tokens
+        assert seen["self_attn"] == {seq_len}
+        assert max(seen["mlp"] - {seq_len}) == 6
+        assert "forward" not in layer.mlp.__dict__
+
+
+def test_dropout_draws_the_same_in_the_forward_and_in_the_recompute_of_a_tile() -> None:
+    def grads(tile_tokens: int) -> dict[str, torch.Tensor]:
+        # Dropout on the base of the adapter: a mask that differs between forward and recompute shows in the gradient.
+        model = prepare(ORDERS[0], build("llama", num_layers=1), lora("llama", lora_dropout=0.5))
+        with closing(model):
+            apply_choices(model, StepChoices(tile_tokens=tile_tokens))
+            losses = []
+            for shift in (0.0, 1e-3):
+                parameter = next(p for n, p in model.named_parameters() if "mlp.down_proj.lora_B" in n)
+                with torch.no_grad():
+                    parameter.add_(shift * torch.ones_like(parameter))
+                torch.manual_seed(11)
+                losses.append(forward_backward(model, batch(2)).double())
+            slope = (losses[1] - losses[0]) / 1e-3
+            mean = (gradients(model)[next(n for n in gradients(model) if "mlp.down_proj.lora_B" in n)] / 2).sum()
+            return {"slope": slope, "mean": mean.double()}
+
+    cut = grads(8)
+    torch.testing.assert_close(cut["slope"], cut["mean"], rtol=5e-2, atol=1e-3)
+
+
+def test_a_layer_without_a_token_wise_part_says_so() -> None:
+    from hf_lema.token_tiles import TokenTiles
+
+    class Mixing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+            self.part.forward = lambda x: x.cumsum(1)  # type: ignore[method-assign]
+
+        def forward(self, hidden: torch.Tensor) -> Any:
+            return self.part(hidden)
+
+    tiles, layer, hidden = TokenTiles(), Mixing(), torch.randn(2, 8, 4)
+    tiles.tile_tokens = 4
+    with pytest.warns(UserWarning, match="Mixing has no part"), tiles.entered(layer, hidden):
+        assert torch.equal(layer(hidden), hidden.cumsum(1))
+
+
+def test_close_gives_back_what_the_choices_took() -> None:
+    model = prepare(ORDERS[0])
+    apply_choices(model, StepChoices(boundaries_in_ram=True, outside_in_ram=True))
+    forward_backward(model)
+    streamer = find_streamer(model)
+    assert streamer is not None
+    runtime = model.get_base_model().__dict__["_lema_runtime"]
+    assert runtime.outside.on_host
+    streamer.close()
+    assert not runtime.outside.on_host
+    assert runtime.options.boundaries.device_bytes == 0
