@@ -289,7 +289,7 @@ def test_numerical_gradients_agree_in_float64(outputs: str) -> None:
     def call(hidden: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         slots = [(toy._parameters, name) for name in names]
         hooks = ForwardHooks.capture([])
-        visit = Visit(layer, (), {}, slots, hooks, CPU, MicroBatches(0), hidden.shape[0])  # type: ignore[arg-type]
+        visit = Visit(layer, (), {}, slots, hooks, CPU, layer.options, hidden.shape[0])  # type: ignore[arg-type]
         return tuple(tensors(visit.rebuild(Recompute.apply(visit, hidden, *values))))
 
     hidden = new_hidden(dtype=torch.float64)[:1, :2].detach().requires_grad_()
