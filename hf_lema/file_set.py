@@ -53,6 +53,7 @@ class FileSet:
         """
         self._sizes_bytes = dict(sizes_bytes)
         self._lock = threading.Lock()
+        self._modified_ns: dict[Path, int] = {}  # when each was opened
         self._descriptors: dict[Path, int] = {}  # owned: closed in _close_descriptors and nowhere else
         self._num_reading = 0
         self._closed = False
@@ -112,6 +113,7 @@ class FileSet:
                         "The file was cut while in use: fetch it again"
                     )
                 num_read += got
+            self._refuse_rewritten(path, descriptor)
         finally:
             with self._lock:
                 self._num_reading -= 1
@@ -130,7 +132,15 @@ class FileSet:
                 f"{path} has {found_bytes} bytes, but had {expected_bytes} when it was indexed: it was replaced or cut "
                 "since. Load the model again"
             )
+        self._modified_ns[path] = os.fstat(descriptor).st_mtime_ns
         return descriptor
+
+    def _refuse_rewritten(self, path: Path, descriptor: int) -> None:
+        if os.fstat(descriptor).st_mtime_ns != self._modified_ns[path]:
+            raise ValueError(
+                f"{path} was written to while it was in use: what was read may be a mixture of old and new bytes. "
+                "Leave the files of a model alone while it is streamed, and load it again"
+            )
 
     def _close_descriptors(self) -> None:
         while self._descriptors:

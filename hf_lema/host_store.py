@@ -18,6 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -102,6 +103,11 @@ class HostStore(abc.ABC):
     def pinned_bytes(self) -> int:
         """Page-locked bytes held."""
         return self._ring.pinned_bytes if self._ring is not None else 0
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        """Files that layers are read from at every visit."""
+        return frozenset()
 
     @property
     def enqueues(self) -> bool:
@@ -301,6 +307,10 @@ class DiskStore(HostStore):
         self._changed: set[int] = set()
         if self.layouts:
             self._open_ring(max_ring_bytes)
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        return frozenset(self._mapped)
 
     def host_views(self, layer_idx: int) -> dict[str, torch.Tensor]:
         views = {}

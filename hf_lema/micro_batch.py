@@ -88,7 +88,7 @@ class MicroBatches:
         batch_size = hidden.shape[0]
         size = self.micro_batch_size
         whole = [Piece(0, batch_size)]
-        if not size or batch_size <= size or hidden.dim() != 3 or not _known(named):
+        if not size or batch_size <= size or hidden.dim() != 3 or not _known(named, batch_size):
             return whole
         if type(layer) not in self._may_cut:
             self._may_cut[type(layer)] = _agrees(layer, hidden, named, run)
@@ -97,12 +97,22 @@ class MicroBatches:
         return [Piece(begin, min(begin + size, batch_size)) for begin in range(0, batch_size, size)]
 
 
-def _known(named: Mapping[str, Any]) -> bool:
+def _known(named: Mapping[str, Any], batch_size: int) -> bool:
     """Whether every argument with tensors is one that is known to be cut or to pass whole; scalars always may."""
     return all(
-        name in CUT_ARGUMENTS or name in WHOLE_ARGUMENTS or all(tensor.dim() == 0 for tensor in _tensors(value))
+        tensor.dim() == 0
+        or name in WHOLE_ARGUMENTS
+        or (name in CUT_ARGUMENTS and _is_batched(name, tensor, batch_size))
         for name, value in named.items()
+        for tensor in _tensors(value)
     )
+
+
+def _is_batched(name: str, tensor: torch.Tensor, batch_size: int) -> bool:
+    """Whether the first dimension is the batch, or one for all; positions of several axes have the axes there."""
+    if name == "position_ids" and tensor.dim() > 2:
+        return False
+    return tensor.dim() < 2 or tensor.shape[0] in (1, batch_size)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

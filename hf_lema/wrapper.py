@@ -6,7 +6,9 @@ Responsibility: `LemaModelWrapper`, and how to find the runtime behind any wrapp
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,6 +193,23 @@ class LemaModelWrapper(nn.Module):
                 )
         moved: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, but not into the folder that the layers are streamed from.
+
+        Raises:
+            ValueError: The files in that folder are in use; saving would overwrite them.
+        """
+        folder = Path(save_directory).resolve()
+        if any(
+            folder in (path.parent.resolve(), path.resolve().parent)
+            for path in _runtime_of(self).streamer.host_store.paths
+        ):
+            raise ValueError(
+                f"the layers of this model are streamed from {folder}: saving there would overwrite the files in use. "
+                "Save to another folder"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def enable_input_require_grads(self) -> None:
         """Does nothing: gradients flow without it, and it would pull the backward down to the embedding."""

@@ -41,6 +41,7 @@ from models import (
     train,
 )
 from peft import PrefixTuningConfig
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -426,6 +427,33 @@ def test_file_cut_short_while_training_from_disk_surfaces_with_its_cause(tmp_pat
         with pytest.raises(RuntimeError, match="prefetch thread failed") as caught:
             forward_backward(model)
         assert "model.safetensors" in str(caught.value.__cause__)
+
+
+def test_file_written_to_in_place_while_training_from_disk_is_never_trained_on(tmp_path: Path) -> None:
+    model = adapt(load(saved(tmp_path), config=LemaConfig(ram_budget="min")).train())
+    with closing(model):
+        forward_backward(model)
+        path = tmp_path / "model.safetensors"
+        with path.open("r+b") as file:
+            file.seek(-8, 2)
+            file.write(b"\0" * 8)
+        with pytest.raises(RuntimeError, match="prefetch thread failed") as caught:
+            forward_backward(model)
+        assert "written to while it was in use" in str(caught.value.__cause__)
+
+
+def test_saving_into_the_folder_that_is_streamed_is_refused_and_elsewhere_works(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    (tmp_path / "link").symlink_to(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    model = load(folder, config=LemaConfig(ram_budget="min"))
+    with closing(model):
+        for target in (folder, tmp_path / "link", str(folder)):
+            with pytest.raises(ValueError, match="overwrite the files in use"):
+                model.save_pretrained(target)
+        model.save_pretrained(tmp_path / "copy")
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert_same_tensors(load_file(tmp_path / "copy" / "model.safetensors"), load_file(folder / "model.safetensors"))
 
 
 # ---- after the end ----

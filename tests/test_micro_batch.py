@@ -101,6 +101,18 @@ def test_an_unknown_tensor_argument_keeps_the_batch_whole() -> None:
     assert pieces == [Piece(0, 4)]
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"position_ids": torch.zeros(3, 3, 5)},  # three axes of positions, and three sequences
+        {"attention_mask": torch.zeros(2, 1, 5, 5)},
+        {"position_embeddings": (torch.zeros(3, 5, 2), torch.zeros(4, 5, 2))},
+    ],
+)
+def test_an_argument_whose_first_dimension_is_not_the_batch_keeps_it_whole(named: dict[str, Any]) -> None:
+    assert MicroBatches(1).pieces(nn.Identity(), torch.zeros(3, 5, 2), named, _run) == [Piece(0, 3)]
+
+
 def test_a_layer_that_mixes_its_batch_is_found_and_kept_whole() -> None:
     layer = nn.Identity()
     hidden = torch.arange(24.0).reshape(4, 3, 2)
