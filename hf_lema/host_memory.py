@@ -36,6 +36,8 @@ class HostBuffer:
 
     Args:
         nbytes: Size in bytes; rounded up to whole pages.
+        of: Descriptor of another process's buffer of the same size, to share it; owned from here on.
+        is_shared: Whether a descriptor is kept for `take_descriptor`.
 
     Attributes:
         tensor: 1-D uint8 CPU tensor of ``nbytes`` elements over the mapping.
@@ -43,13 +45,17 @@ class HostBuffer:
         pinned_bytes: Bytes that are page-locked now.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, of: int | None = None, is_shared: bool = False) -> None:
         self.nbytes = nbytes
         self._mapped_bytes = mapped_bytes = max(-(-nbytes // PAGE_BYTES), 1) * PAGE_BYTES
-        fd = os.memfd_create("hf_lema", os.MFD_CLOEXEC)
+        fd = os.memfd_create("hf_lema", os.MFD_CLOEXEC) if of is None else of
         try:
-            os.ftruncate(fd, mapped_bytes)
+            if of is None:
+                os.ftruncate(fd, mapped_bytes)
+            elif os.fstat(fd).st_size != mapped_bytes:
+                raise ValueError(f"a buffer of {os.fstat(fd).st_size} bytes was given, expected {mapped_bytes}")
             mapping = mmap.mmap(fd, mapped_bytes)
+            self._descriptor = os.dup(fd) if is_shared else None
         finally:
             os.close(fd)
         # The tensors over it keep the mapping alive; nothing else does.
@@ -57,6 +63,12 @@ class HostBuffer:
         self.tensor: torch.Tensor = torch.frombuffer(self.memory, dtype=torch.uint8)[:nbytes]
         self.pinned_bytes = 0
         self._owner_pid = os.getpid()
+
+    def take_descriptor(self) -> int:
+        """The descriptor for another process to map; the caller closes it. May be called once."""
+        descriptor, self._descriptor = self._descriptor, None
+        assert descriptor is not None
+        return descriptor
 
     def page_lock(self) -> bool:
         """Registers the memory with CUDA: copies then run at full bus rate and do not block the host.
@@ -78,6 +90,8 @@ class HostBuffer:
         if self.pinned_bytes and self._owner_pid == os.getpid():
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
         self.pinned_bytes = 0
+        if self._descriptor is not None:
+            os.close(self.take_descriptor())
 
 
 def clear_cuda_error() -> None:

@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "pack": {"torch"},
     "events": {"torch"},
     "host_memory": {"torch", "psutil"},
+    "local_ranks": set(),
     "host_store": {"torch"},
     "slots": {"torch"},
     "prefetcher": {"torch"},

@@ -1,0 +1,159 @@
+"""One rank makes, the others get: the same memory, the same decision, the same error."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lema import local_ranks
+from hf_lema.host_memory import HostBuffer
+from hf_lema.local_ranks import LocalGroup, Offer, OfferServer, receive_offer, share
+
+NBYTES = 10_000
+
+
+@pytest.fixture(autouse=True)
+def fresh_counts() -> Iterator[None]:
+    local_ranks._num_offers.clear()
+    yield
+    local_ranks._num_offers.clear()
+
+
+def group(rank: int, size: int = 2) -> LocalGroup:
+    return LocalGroup(rank=rank, size=size)
+
+
+def in_child(act: Callable[[Connection], Any]) -> tuple[Any, Connection]:
+    """Runs something in a forked process, which has the same parent as this one for the address's sake."""
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=act, args=(there,))
+    child.start()
+    there.close()
+    return child, here
+
+
+@pytest.fixture
+def same_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 7)
+
+
+def test_the_group_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert LocalGroup.find() is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert LocalGroup.find() == LocalGroup(rank=1, size=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert LocalGroup.find() is None
+
+
+@pytest.mark.usefixtures("same_parent")
+def test_another_process_reads_what_the_first_one_wrote_and_later_writes_too() -> None:
+    buffer = HostBuffer(NBYTES, is_shared=True)
+    buffer.tensor.copy_(torch.arange(NBYTES) % 251)
+    server = OfferServer(group(0), "model")
+
+    def other(pipe: Connection) -> None:
+        local_ranks._num_offers.clear()
+        offer = receive_offer(group(1), "model", timeout_s=20)
+        assert offer.descriptor is not None
+        mapped = HostBuffer(NBYTES, of=offer.descriptor)
+        pipe.send((offer.tier, int(mapped.tensor.long().sum())))
+        pipe.recv()
+        pipe.send(int(mapped.tensor[0]))
+
+    child, pipe = in_child(other)
+    server.answer(Offer(tier="ram", descriptor=buffer.take_descriptor())).join(20)
+    assert pipe.recv() == ("ram", int((torch.arange(NBYTES) % 251).sum()))
+    buffer.tensor[0] = 77
+    pipe.send("go on")
+    assert pipe.recv() == 77
+    child.join(20)
+    assert child.exitcode == 0
+
+
+def test_all_others_get_the_same_offer() -> None:
+    server = OfferServer(group(0, size=4), "model")
+    offers: list[Offer] = []
+    threads = []
+    for rank in (1, 2, 3):
+        local_ranks._num_offers.clear()
+        address = group(rank, size=4).address("model")
+        local_ranks._num_offers.clear()
+        assert address.endswith(b"-model-0")
+        thread = threading.Thread(
+            target=lambda rank=rank: offers.append(receive_offer(_Fixed(rank=rank, size=4), "model", timeout_s=20))
+        )
+        thread.start()
+        threads.append(thread)
+    server.answer(Offer(tier="disk")).join(20)
+    for thread in threads:
+        thread.join(20)
+    assert offers == [Offer(tier="disk")] * 3
+
+
+class _Fixed(LocalGroup):
+    """A rank of another process, as far as counting offers goes."""
+
+    def address(self, identity: str) -> bytes:
+        local_ranks._num_offers[identity] = 0
+        return super().address(identity)
+
+
+def test_an_error_of_the_first_rank_reaches_the_others_with_its_text() -> None:
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            receive_offer(_Fixed(rank=1, size=2), "model", timeout_s=20)
+        except RuntimeError as error:
+            caught.append(error)
+
+    def fail() -> Offer:
+        thread.start()
+        raise ValueError("shard 3 is missing")
+
+    thread = threading.Thread(target=wait)
+    with pytest.raises(ValueError, match="shard 3 is missing"):
+        share("model", fail, lambda _: None, group(0))
+    thread.join(20)
+    assert [str(error) for error in caught] == ["local rank 0 could not load the model: ValueError: shard 3 is missing"]
+
+
+@pytest.mark.usefixtures("same_parent")
+def test_the_death_of_the_first_rank_ends_the_wait_of_the_others() -> None:
+    def first(pipe: Connection) -> None:
+        local_ranks._num_offers.clear()
+        OfferServer(group(0), "model")._socket.accept()
+        os.kill(os.getpid(), signal.SIGKILL)
+        pipe.close()
+
+    child, _ = in_child(first)
+    with pytest.raises(RuntimeError, match="ended before it had loaded"):
+        receive_offer(group(1), "model", timeout_s=20)
+    child.join(20)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_a_first_rank_that_never_comes_is_waited_for_a_bounded_time() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 waited 0 s.*the same model, in the same order"):
+        receive_offer(group(1), "other model", timeout_s=0.2)
+
+
+def test_two_launches_with_the_same_address_are_refused_and_the_next_offer_has_another() -> None:
+    first = OfferServer(group(0), "model")
+    second = OfferServer(group(0), "model")  # the second wrap of the same model
+    local_ranks._num_offers.clear()
+    with pytest.raises(RuntimeError, match="offers the same memory"):
+        OfferServer(group(0), "model")
+    for server in (first, second):
+        server.refuse(ValueError("done"))
