@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lema.choices import StepChoices
     from hf_lema.config import LemaConfig
     from hf_lema.streamer import LayerStreamer, StreamerStats
     from hf_lema.telemetry import MemoryTelemetryCallback
@@ -21,6 +22,7 @@ _HOMES = {
     "LemaConfig": "hf_lema.config",
     "LemaModelWrapper": "hf_lema.wrapper",
     "MemoryTelemetryCallback": "hf_lema.telemetry",
+    "StepChoices": "hf_lema.choices",
     "StreamerStats": "hf_lema.streamer",
     "get_streamer": "hf_lema.wrapper",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "LemaConfig",
     "LemaModelWrapper",
     "MemoryTelemetryCallback",
+    "StepChoices",
     "StreamerStats",
     "get_streamer",
 ]

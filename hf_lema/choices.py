@@ -20,6 +20,9 @@ class StepChoices:
         boundaries_in_ram: Whether the inputs of layers wait for the backward in host memory.
         outside_in_ram: Whether embedding and head lie in host memory.
         resident_layers: Layers whose weights stay on the device.
+
+    Raises:
+        ValueError: A size is negative or no whole number.
     """
 
     micro_batch_size: int = 0
@@ -27,3 +30,9 @@ class StepChoices:
     boundaries_in_ram: bool = False
     outside_in_ram: bool = False
     resident_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "tile_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number, 0 for no cut, got {value!r}")

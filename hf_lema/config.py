@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_lema.choices import StepChoices
 from hf_lema.units import parse_bytes
 
 
@@ -24,6 +25,7 @@ class LemaConfig:
             layer's activations are then those of so many sequences, and it still crosses the bus once for the whole
             batch. Cutting changes the order in which adapter gradients are summed, and which random numbers dropout
             draws.
+        choices: How steps are run, for who knows better than the budget; decided by the budget if None.
 
     Raises:
         ValueError: If a budget cannot be read or is not positive, or ``num_slots`` is below 2.
@@ -33,6 +35,7 @@ class LemaConfig:
     ram_budget: str | int = "auto"
     num_slots: int = 2
     micro_batch_size: int = 0
+    choices: StepChoices | None = None
 
     def __post_init__(self) -> None:
         for name in ("vram_budget", "ram_budget"):
@@ -40,6 +43,8 @@ class LemaConfig:
         size = self.micro_batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"micro_batch_size must be a number of sequences, 0 for the whole batch, got {size!r}")
+        if self.choices is not None and not isinstance(self.choices, StepChoices):
+            raise ValueError(f"choices must be StepChoices, such as those of a MemoryPlan, got {self.choices!r}")
         if isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
             raise ValueError(f"num_slots must be a whole number, got {self.num_slots!r}")
         if self.num_slots < 2:

@@ -297,6 +297,9 @@ class _Runtime:
             if id(tensor) not in streamed
         )
         self.budget = VramBudget(self.config, self.streamer, other_bytes)
+        if self.config.choices is not None:
+            self.apply(self.config.choices)
+            return
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
 

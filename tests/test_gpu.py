@@ -35,11 +35,11 @@ from models import (
 )
 from torch import nn
 
-from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
+from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
-MIN = LemaConfig(vram_budget="min")
+MIN = LemaConfig(vram_budget="min", choices=StepChoices())
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
 NUM_LAYERS = 6
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_lema"
 # packages that it may import. A new file gets its line here.
 ROOMS: dict[str, set[str]] = {
     "units": set(),
+    "choices": set(),
     "config": set(),
     "schedule": set(),
-    "choices": set(),
     "environment": {"torch", "psutil"},
     "layout": {"torch"},
     "safetensors_header": {"torch"},

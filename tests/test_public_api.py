@@ -17,11 +17,12 @@ PUBLIC_NAMES = {
     "LemaConfig",
     "LemaModelWrapper",
     "MemoryTelemetryCallback",
+    "StepChoices",
     "StreamerStats",
     "get_streamer",
 }
 
-CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": 0}
+CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": 0, "choices": None}
 
 STATS_FIELDS = ("num_hits", "num_demand_loads", "wait_s", "disk_bytes", "h2d_bytes")
 
