@@ -197,7 +197,7 @@ def test_loaded_model_is_equal_on_both_tiers(tier: str, dtype: str, tmp_path: Pa
     expected = train(resident, tmp_path, max_steps=6, gradient_checkpointing=True, **{dtype: True})
     model = LemaModelWrapper.from_pretrained(
         str(tmp_path / "saved"),
-        LemaConfig(vram_budget="min", ram_budget="min" if tier == "disk" else "auto"),
+        LemaConfig(vram_budget="min", choices=StepChoices(), ram_budget="min" if tier == "disk" else "auto"),
         dtype=DTYPES[dtype],
         device="cuda",
         attn_implementation="eager",
@@ -248,7 +248,9 @@ def test_refused_page_lock_warns_once_and_changes_no_number(
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 def test_bytes_moved_are_those_that_the_schedule_predicts(tier: str, num_slots: int, tmp_path: Path) -> None:
     big(num_layers=8).save_pretrained(tmp_path / "saved")
-    config = LemaConfig(vram_budget="min", num_slots=num_slots, ram_budget="min" if tier == "disk" else "auto")
+    config = LemaConfig(
+        vram_budget="min", choices=StepChoices(), num_slots=num_slots, ram_budget="min" if tier == "disk" else "auto"
+    )
     model = LemaModelWrapper.from_pretrained(
         str(tmp_path / "saved"), config, dtype=torch.float16, device="cuda", attn_implementation="eager"
     )
@@ -457,7 +459,7 @@ def test_races_on_the_disk_tier(tmp_path: Path) -> None:
     expected = three_steps(plain.train())
     model = LemaModelWrapper.from_pretrained(
         str(tmp_path),
-        LemaConfig(vram_budget="min", ram_budget="min"),
+        LemaConfig(vram_budget="min", choices=StepChoices(), ram_budget="min"),
         dtype=torch.float16,
         device="cuda",
         attn_implementation="eager",

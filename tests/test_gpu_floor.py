@@ -123,7 +123,7 @@ def test_a_mapped_weight_gathers_and_multiplies_as_one_on_the_device(dtype: torc
 
 def model(order: str, dtype: torch.dtype = torch.float16, **overrides: Any) -> Any:
     base = build(num_layers=6, dtype=dtype, **(SHAPE | overrides))
-    config = LemaConfig(vram_budget="min")
+    config = LemaConfig(vram_budget="min", choices=StepChoices())
     return prepare(order, base, lora("llama", lora_dropout=0.0), config=config, device="cuda")
 
 
