@@ -1,4 +1,4 @@
-"""Whatever is done to a streamer, in whatever order: a visit sees its layer's bytes of now, and nothing is lost or hangs.
+"""Whatever is done to a streamer, in any order: a visit sees its layer's bytes of now, and nothing is lost or hangs.
 
 Hypothesis draws the orders; reads are held up at a gate while other things happen.
 """
