@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from hf_lema.file_set import FileSet, ReadSpan, merge_spans, read_spans_into
-from hf_lema.layout import ALIGNMENT, LayerLayout, TensorSpec, align_up, make_layout, tensor_nbytes
+from hf_lema.layout import ALIGNMENT, LayerLayout, PackedMatrix, TensorSpec, align_up, make_layout, tensor_nbytes
 from hf_lema.safetensors_header import DTYPE_NAMES, DTYPES, SafetensorsHeader, TensorLocation, read_header
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointIndex",
     "FileSet",
     "LayerLayout",
+    "PackedMatrix",
     "ReadSpan",
     "SafetensorsHeader",
     "TensorLocation",
@@ -38,6 +39,8 @@ __all__ = [
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_NUM_SAMPLES = 64
+_SAMPLE_BYTES = 4096
 _CONVERT = (
     "Convert it once where you trust its origin, with transformers: "
     "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder, safe_serialization=True). "
@@ -134,6 +137,26 @@ class CheckpointIndex:
             path = header.path.resolve()
             files.append([str(path), header.nbytes, path.stat().st_mtime_ns, header.sha256])
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """What the checkpoint's files are, wherever they lie: a copy elsewhere has the same, another model has not.
+
+        Returns:
+            A JSON list with, for each file, its name, its size, the SHA-256 of its header, and one of samples of its
+            data (``_NUM_SAMPLES`` of ``_SAMPLE_BYTES`` bytes, evenly spaced).
+
+        Raises:
+            FileNotFoundError: A file is gone.
+        """
+        found = []
+        for header in self.headers:
+            samples, last = hashlib.sha256(), max(0, header.nbytes - _SAMPLE_BYTES)
+            with header.path.open("rb") as file:
+                for number in range(_NUM_SAMPLES):
+                    file.seek(last * number // (_NUM_SAMPLES - 1))
+                    samples.update(file.read(_SAMPLE_BYTES))
+            found.append([header.path.name, header.nbytes, header.sha256, samples.hexdigest()])
+        return json.dumps(found)
 
     def open_files(self) -> FileSet:
         """Give a new set of the checkpoint's files to read from. The caller owns it."""

@@ -25,16 +25,23 @@ class LemaConfig:
             layer's activations are then those of so many sequences, and it still crosses the bus once for the whole
             batch. Cutting changes the order in which adapter gradients are summed, and which random numbers dropout
             draws.
+        quantization: ``"nf4"`` packs the linears of decoder layers to 4 bits a value with bitsandbytes, those that
+            stock QLoRA packs; they compute in the model's dtype. None keeps the weights as they are. A checkpoint or
+            model that bitsandbytes has packed already is streamed as it is, whatever stands here.
+        double_quantization: Whether the scales of the 4-bit blocks are packed too (QLoRA's second quantization).
         choices: How steps are run, for who knows better than the budget; decided by the budget if None.
 
     Raises:
-        ValueError: If a budget cannot be read or is not positive, or ``num_slots`` is below 2.
+        ValueError: If a budget cannot be read or is not positive, ``num_slots`` is below 2, or the quantization is not
+            one of those named.
     """
 
     vram_budget: str | int = "auto"
     ram_budget: str | int = "auto"
     num_slots: int = 2
     micro_batch_size: int = 0
+    quantization: str | None = None
+    double_quantization: bool = True
     choices: StepChoices | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +50,10 @@ class LemaConfig:
         size = self.micro_batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"micro_batch_size must be a number of sequences, 0 for the whole batch, got {size!r}")
+        if self.quantization not in (None, "nf4"):
+            raise ValueError(f'quantization must be None or "nf4", got {self.quantization!r}')
+        if not isinstance(self.double_quantization, bool):
+            raise ValueError(f"double_quantization must be True or False, got {self.double_quantization!r}")
         if self.choices is not None and not isinstance(self.choices, StepChoices):
             raise ValueError(f"choices must be StepChoices, such as those of a MemoryPlan, got {self.choices!r}")
         if isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):

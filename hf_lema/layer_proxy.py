@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lema.layout import PackedMatrix
 from hf_lema.recompute import Recompute, Visit, VisitOptions
 from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
@@ -35,11 +36,30 @@ class StreamedTensor:
         name: Name relative to the layer as it was when wrapped, before any adapter changed module paths.
         owner: The module that registers it (PEFT moves the module, but keeps the object).
         attribute: Its name there.
+        matrix: What it consists of if it is packed to 4 bits.
     """
 
     name: str
     owner: nn.Module
     attribute: str
+    matrix: PackedMatrix | None = None
+
+
+def rest(tensor: StreamedTensor, views: Mapping[str, torch.Tensor]) -> None:
+    """Copies what is registered into the store's memory and has the same parameter rest on it.
+
+    Args:
+        tensor: Where it is registered.
+        views: The layer's tensors in the store.
+    """
+    parameter: Any = tensor.owner._parameters[tensor.attribute]
+    if tensor.matrix is not None:
+        from hf_lema.quantization import store  # bitsandbytes is not needed where nothing is packed
+
+        store(tensor.matrix, parameter, views)
+        return
+    views[tensor.name].copy_(parameter.data)
+    parameter.data = views[tensor.name]
 
 
 class LayerProxy(nn.Module):
@@ -254,10 +274,18 @@ class ProxyState:
             )
         with torch.no_grad():
             for tensor in changed:
-                view, parameter = self.host_views[tensor.name], self.registered(tensor)
-                view.copy_(parameter.data)
-                parameter.data = view
+                rest(tensor, self.host_views)
         self.streamer.invalidate(self.layer_idx)
+
+    def detach(self, tensor: StreamedTensor) -> None:
+        """Has a registered tensor rest on a copy of its own, for the end of the store's life."""
+        parameter: Any = self.registered(tensor)
+        if tensor.matrix is not None:
+            from hf_lema.quantization import copied, rest_on
+
+            rest_on(tensor.matrix, parameter, copied(tensor.matrix, parameter, parameter.device))
+        else:
+            parameter.data = parameter.data.clone()
 
     def _promote(self, promoted: list[StreamedTensor]) -> None:
         names = [t.name for t in promoted]

@@ -21,8 +21,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_lema.checkpoint import CheckpointIndex
 from hf_lema.conversion import ConversionPlan, convert, plan_conversion, transformers_at_least
 from hf_lema.locating import ModelRequest, checkpoint_folder, load_config, model_on_meta, read_request
+from hf_lema.pack import PackIndex
+from hf_lema.packed_checkpoint import StoredMatrix, split_packed
 from hf_lema.packing import cached_pack, pack_folder, write_pack
-from hf_lema.source import CheckpointSource, TensorReader
+from hf_lema.source import NOTHING_PACKED, CheckpointSource, Packing, TensorReader
+from hf_lema.stock_quantizer import (
+    make_quantizer,
+    mark_as_packed,
+    matrices_of,
+    put_in_packed_linears,
+    transposed_weights,
+)
 
 __all__ = [
     "CheckpointSource",
@@ -31,6 +40,7 @@ __all__ = [
     "cached_pack",
     "find_decoder_layers",
     "pack_folder",
+    "pack_model",
     "write_pack",
 ]
 
@@ -101,6 +111,8 @@ def build_skeleton(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    quantization: str | None = None,
+    double_quantization: bool = True,
     **kwargs: Any,
 ) -> Skeleton:
     """Build a causal language model with everything loaded but its decoder layers.
@@ -110,19 +122,23 @@ def build_skeleton(
         dtype: As for ``from_pretrained``; None and ``"auto"`` mean the checkpoint's own.
         device: Where everything outside the decoder layers goes.
         trust_remote_code: Whether to run model code that comes with the checkpoint.
+        quantization: As in `LemaConfig`.
+        double_quantization: As in `LemaConfig`.
         **kwargs: What ``AutoModelForCausalLM.from_pretrained`` takes: ``config``, ``revision``, ``token``,
             ``cache_dir``, ``local_files_only``, ``subfolder``, ``attn_implementation``, ``generation_config``,
-            ``key_mapping`` and values of the configuration. ``device_map``, quantization and other ways to place or
-            change weights are refused.
+            ``key_mapping`` and values of the configuration. ``device_map``, ``quantization_config`` and other ways to
+            place or change weights are refused.
 
     Returns:
         The model and the source of its layers.
 
     Raises:
-        ValueError: An argument that cannot be combined with streaming; a quantized checkpoint; a damaged one, or one
-            that lacks tensors of the model (all are named); no list of decoder layers.
+        ValueError: An argument that cannot be combined with streaming; a checkpoint quantized other than to
+            bitsandbytes' 4 bits; a damaged one, or one that lacks tensors of the model (all are named); no list of
+            decoder layers.
         FileNotFoundError: No safetensors file, or shards are missing.
         OSError: As ``from_pretrained`` when a model cannot be found or fetched.
+        ImportError: Layers are to be packed and bitsandbytes is not installed.
     """
     request = read_request(str(name_or_path), dtype, trust_remote_code, kwargs)
     config, model_kwargs = load_config(request)
@@ -130,6 +146,20 @@ def build_skeleton(
     wanted = _resolve_dtype(request, config, index)
     model = model_on_meta(request, config, model_kwargs, wanted)
     layers_path, layers = find_decoder_layers(model)
+    stored_config = config.to_dict().get("quantization_config")
+    quantizer, packing = None, NOTHING_PACKED
+    if quantization is not None or stored_config is not None:
+        stored: dict[str, StoredMatrix] = {}
+        if stored_config is not None:
+            index, stored = split_packed(index)
+        quantizer = make_quantizer(wanted, double_quantization, stored_config)
+        originals = put_in_packed_linears(model, layers_path, quantizer)
+        packing = Packing(
+            matrices=matrices_of(originals, layers_path, wanted, double_quantization),
+            transposed=frozenset() if stored else transposed_weights(originals),
+            stored=stored,
+            device=torch.device(device),
+        )
     plan = plan_conversion(model, index.tensors, wanted, request.key_mapping)
     if plan.unexpected:
         logger.warning(
@@ -139,19 +169,56 @@ def build_skeleton(
             type(model).__name__,
             ", ".join(plan.unexpected),
         )
-    source = CheckpointSource(model, layers_path, index, plan, wanted)
+    source = CheckpointSource(model, layers_path, index, plan, wanted, packing)
     try:
         _set_layer_dtypes(layers, source)
+        _refuse_packed_outside(layers_path, plan, packing)
         _load_outside(model, layers_path, index, plan, torch.device(device))
         model.requires_grad_(False)
         model.eval()
         if transformers_at_least("5"):
             model.set_use_kernels(False)
         _load_generation_config(model, request)
+        if quantizer is not None:
+            mark_as_packed(model, quantizer, wanted)
     except BaseException:
         source.close()
         raise
     return Skeleton(model=model, layers_path=layers_path, source=source)
+
+
+def pack_model(
+    name_or_path: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    quantization: str | None = None,
+    double_quantization: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> PackIndex:
+    """Write a checkpoint's decoder layers into a pack, as `from_pretrained` with the same arguments will read them.
+
+    Args:
+        name_or_path: As for `build_skeleton`.
+        output: The pack's file, for ``from_pretrained(..., pack=output)``; None to keep it where it is found by itself.
+        dtype: As for `build_skeleton`.
+        quantization: As in `LemaConfig`.
+        double_quantization: As in `LemaConfig`.
+        device: Where linears are packed. A GPU and a CPU may differ in the last bit of a scale.
+        **kwargs: As for `build_skeleton`.
+
+    Returns:
+        The pack.
+
+    Raises:
+        OSError: There is too little disk space.
+        ValueError: As for `build_skeleton` and `write_pack`.
+    """
+    how = {"quantization": quantization, "double_quantization": double_quantization}
+    arguments: dict[str, Any] = {"dtype": dtype, "device": device} | how | kwargs
+    with build_skeleton(name_or_path, **arguments).source as source:
+        return cached_pack(source) if output is None else write_pack(source, output)
 
 
 def _resolve_dtype(request: ModelRequest, config: Any, index: CheckpointIndex) -> torch.dtype:
@@ -177,12 +244,29 @@ def _resolve_dtype(request: ModelRequest, config: Any, index: CheckpointIndex) -
 def _set_layer_dtypes(layers: nn.ModuleList, source: CheckpointSource) -> None:
     """Give the parameters on meta the dtypes they will have: some modules stay in float32."""
     for layer, layout in zip(layers, source.layouts, strict=True):
+        packed = {name for matrix in layout.packed for name in matrix.tensors()}
         for spec in layout.tensors:
+            if spec.name in packed:
+                continue
             path, _, attribute = spec.name.rpartition(".")
             owner = layer.get_submodule(path)
             if getattr(owner, attribute).dtype != spec.dtype:
                 on_meta = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
                 owner.register_parameter(attribute, nn.Parameter(on_meta, requires_grad=False))
+
+
+def _refuse_packed_outside(layers_path: str, plan: ConversionPlan, packing: Packing) -> None:
+    outside = [
+        group.target
+        for group in plan.groups
+        if not group.target.startswith(f"{layers_path}.") and any(name in packing.stored for name in group.sources)
+    ]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} weights outside the decoder layers are packed to 4 bits in the checkpoint; only those of "
+            f"decoder layers can be: {', '.join(outside)}. Use the full-precision checkpoint with "
+            'LemaConfig(quantization="nf4")'
+        )
 
 
 def _load_outside(

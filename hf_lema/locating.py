@@ -24,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_lema.checkpoint import INDEX_NAME, SINGLE_NAME
 from hf_lema.conversion import transformers_at_least
+from hf_lema.stock_quantizer import is_packed_config
 
 AUTO_CLASS = "AutoModelForCausalLM"
 
@@ -41,9 +42,9 @@ _REFUSED = {
     "tp_size": "tensor parallelism cannot be combined with streaming",
     "device_mesh": "tensor parallelism cannot be combined with streaming",
     "distributed_config": "tensor parallelism cannot be combined with streaming",
-    "quantization_config": "quantized layers cannot be streamed yet",
-    "load_in_4bit": "quantized layers cannot be streamed yet",
-    "load_in_8bit": "quantized layers cannot be streamed yet",
+    "quantization_config": 'pass LemaConfig(quantization="nf4")',
+    "load_in_4bit": 'pass LemaConfig(quantization="nf4")',
+    "load_in_8bit": 'layers of 8 bits cannot be streamed; pass LemaConfig(quantization="nf4") for 4',
     "gguf_file": "load it with transformers once, save it with save_pretrained, and load the saved folder",
     "state_dict": "weights are read from files",
     "variant": "rename the files of the variant to the plain names in a folder of their own",
@@ -124,7 +125,8 @@ def load_config(request: ModelRequest) -> tuple[Any, dict[str, Any]]:
         The configuration, which the caller may change, and the arguments that are no values of it: the model class's.
 
     Raises:
-        ValueError: The checkpoint is quantized, an adapter, or its configuration names a weights file of its own.
+        ValueError: The checkpoint is quantized other than to bitsandbytes' 4 bits, an adapter, or its configuration
+            names a weights file of its own.
         OSError: There is no such model.
     """
     adapter = find_adapter_config_file(request.name, **request.hub)
@@ -145,11 +147,12 @@ def load_config(request: ModelRequest) -> tuple[Any, dict[str, Any]]:
             **request.others,
         )
     values = config.to_dict()
-    if values.get("quantization_config") is not None:
-        method = values["quantization_config"].get("quant_method")
+    stored = values.get("quantization_config")
+    if stored is not None and not is_packed_config(stored):
         raise ValueError(
-            f"{request.name} is already quantized ({method}): quantized layers cannot be streamed yet. Use the "
-            "checkpoint that it was made from"
+            f"{request.name} is already quantized ({stored.get('quant_method')}): of quantized layers only those of "
+            "bitsandbytes with 4 bits can be streamed. Use the checkpoint that it was made from, with LemaConfig("
+            'quantization="nf4") for 4 bits'
         )
     if values.get("transformers_weights") is not None:
         raise ValueError(

@@ -34,9 +34,15 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Puts the tensors on the device."""
+        device = self._state.streamer.device
         for tensor in self._at_rest():
-            parameter = self._state.registered(tensor)
-            parameter.data = parameter.data.to(self._state.streamer.device, copy=True)
+            parameter: Any = self._state.registered(tensor)
+            if tensor.matrix is not None:
+                from hf_lema.quantization import copied, rest_on  # bitsandbytes is not needed where nothing is packed
+
+                rest_on(tensor.matrix, parameter, copied(tensor.matrix, parameter, device))
+            else:
+                parameter.data = parameter.data.to(device, copy=True)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:

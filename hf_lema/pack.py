@@ -3,10 +3,13 @@
 Responsibility: the pack's format, writing one so that it is whole or absent, opening one. Knows nothing of where the
 layers' bytes come from.
 
-Format, version 1: a safetensors file that any reader of safetensors opens. Tensor ``layer.<idx>`` (U8, one dimension)
-is the buffer of that layer, padding included. ``__metadata__`` holds ``format``, ``version``, ``source_identity``,
-``dtype`` and ``layouts``: for each layer its tensors as ``[name, dtype, shape]``, in the order in which `make_layout`
-places them. The header is padded with spaces so that the first layer starts at a multiple of 4096 bytes.
+Format, version 2: a safetensors file that any reader of safetensors opens. Tensor ``layer.<idx>`` (U8, one dimension)
+is the buffer of that layer, padding included. The header is padded with spaces so that the first layer starts at a
+multiple of 4096 bytes. ``__metadata__`` holds ``format``, ``version``, ``source_identity``, ``source_files`` (a JSON
+list, see `CheckpointIndex.fingerprint`), ``dtype``, ``made_with`` (the versions that made the values, for information)
+and ``layouts``: for each layer ``[idx, tensors, packed]``, the tensors as ``[name, dtype, shape]`` in the order in
+which `make_layout` places them, the matrices packed to 4 bits as ``[name, dtype, shape, is_nested, quant_type,
+block_values]``.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +33,7 @@ from hf_lema.checkpoint import (
     DTYPES,
     FileSet,
     LayerLayout,
+    PackedMatrix,
     ReadSpan,
     SafetensorsHeader,
     align_up,
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 
 PACK_SUFFIX = ".lema.safetensors"
 PACK_FORMAT = "hf_lema pack"
-PACK_VERSION = "1"
+PACK_VERSION = "2"
 PAGE_BYTES = 4096
 
 
@@ -58,7 +62,9 @@ class PackIndex:
         layouts: One for each layer, in the order of the layers.
         spans: For each layer, what to read; one span, as long as the layout.
         source_identity: What the pack was made from, as the writer gave it.
+        source_files: The files it was made from, as JSON text, wherever they lay.
         dtype: The dtype asked of the writer, as text.
+        made_with: The versions that made the values, as text.
     """
 
     path: Path
@@ -66,7 +72,9 @@ class PackIndex:
     layouts: tuple[LayerLayout, ...]
     spans: tuple[tuple[ReadSpan, ...], ...]
     source_identity: str
+    source_files: str
     dtype: str
+    made_with: str
 
     def open_files(self) -> FileSet:
         """Give a new set with the pack's file to read from. The caller owns it."""
@@ -98,7 +106,7 @@ def open_pack(path: str | Path) -> PackIndex:
         )
     try:
         layouts = _layouts_from_json(header.metadata["layouts"])
-        source_identity, dtype = header.metadata["source_identity"], header.metadata["dtype"]
+        texts = {name: header.metadata[name] for name in ("source_identity", "source_files", "dtype", "made_with")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: the pack's metadata is damaged ({error!r}). Delete it: it is written again"
@@ -108,8 +116,7 @@ def open_pack(path: str | Path) -> PackIndex:
         nbytes=header.nbytes,
         layouts=layouts,
         spans=_layer_spans(header, layouts),
-        source_identity=source_identity,
-        dtype=dtype,
+        **texts,
     )
 
 
@@ -144,7 +151,14 @@ def layouts_to_json(layouts: Sequence[LayerLayout]) -> str:
         raise ValueError(f"a pack cannot hold these tensors, their dtype has no name in safetensors: {unknown}")
     return json.dumps(
         [
-            [layout.layer_idx, [[spec.name, DTYPE_NAMES[spec.dtype], list(spec.shape)] for spec in layout.tensors]]
+            [
+                layout.layer_idx,
+                [[spec.name, DTYPE_NAMES[spec.dtype], list(spec.shape)] for spec in layout.tensors],
+                [
+                    [m.name, DTYPE_NAMES[m.dtype], list(m.shape), m.is_nested, m.quant_type, m.block_values]
+                    for m in layout.packed
+                ],
+            ]
             for layout in layouts
         ],
         separators=(",", ":"),
@@ -153,8 +167,26 @@ def layouts_to_json(layouts: Sequence[LayerLayout]) -> str:
 
 def _layouts_from_json(text: str) -> tuple[LayerLayout, ...]:
     return tuple(
-        make_layout(layer_idx, {name: (shape, DTYPES[dtype]) for name, dtype, shape in tensors})
-        for layer_idx, tensors in json.loads(text)
+        make_layout(
+            layer_idx,
+            {name: (shape, DTYPES[dtype]) for name, dtype, shape in tensors},
+            [_packed_from_json(*fields) for fields in packed],
+        )
+        for layer_idx, tensors, packed in json.loads(text)
+    )
+
+
+def _packed_from_json(
+    name: str, dtype: str, shape: Sequence[int], is_nested: bool, quant_type: str, block_values: int
+) -> PackedMatrix:
+    out_features, in_features = shape
+    return PackedMatrix(
+        name=name,
+        shape=(out_features, in_features),
+        dtype=DTYPES[dtype],
+        is_nested=is_nested,
+        quant_type=quant_type,
+        block_values=block_values,
     )
 
 
@@ -167,7 +199,14 @@ class PackWriter:
     """
 
     def __init__(
-        self, path: str | Path, layouts: Sequence[LayerLayout], *, source_identity: str, dtype: torch.dtype | str
+        self,
+        path: str | Path,
+        layouts: Sequence[LayerLayout],
+        *,
+        source_identity: str,
+        dtype: torch.dtype | str,
+        source_files: str = "[]",
+        made_with: str = "",
     ) -> None:
         """Describe the pack; nothing is written before the context is entered.
 
@@ -176,6 +215,8 @@ class PackWriter:
             layouts: One for each layer, in the order in which they will be written.
             source_identity: What the pack is made from.
             dtype: The dtype of the weights, for information.
+            source_files: The files it is made from, as `CheckpointIndex.fingerprint` gives them.
+            made_with: The versions that make the values, for information.
 
         Raises:
             ValueError: A layout has a dtype that a pack cannot hold, or two are of the same layer.
@@ -184,7 +225,15 @@ class PackWriter:
         self._layouts = tuple(layouts)
         if len({layout.layer_idx for layout in layouts}) < len(self._layouts):
             raise ValueError(f"layers appear twice: {[layout.layer_idx for layout in layouts]}")
-        self._header = _header_bytes(self._layouts, source_identity, str(dtype).removeprefix("torch."))
+        self._header = _header_bytes(
+            self._layouts,
+            {
+                "source_identity": source_identity,
+                "source_files": source_files,
+                "dtype": str(dtype).removeprefix("torch."),
+                "made_with": made_with,
+            },
+        )
         self.nbytes = len(self._header) + sum(layout.nbytes for layout in self._layouts)
         self._partial_path = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._descriptor = -1  # owned: closed in __exit__
@@ -273,14 +322,13 @@ class PackWriter:
             self._discard()
 
 
-def _header_bytes(layouts: Sequence[LayerLayout], source_identity: str, dtype: str) -> bytes:
+def _header_bytes(layouts: Sequence[LayerLayout], texts: Mapping[str, str]) -> bytes:
     """Length and JSON header, padded with spaces to a multiple of `PAGE_BYTES`."""
     header: dict[str, object] = {
         "__metadata__": {
             "format": PACK_FORMAT,
             "version": PACK_VERSION,
-            "source_identity": source_identity,
-            "dtype": dtype,
+            **texts,
             "layouts": layouts_to_json(layouts),
         }
     }

@@ -2,13 +2,20 @@
 
 Responsibility: choosing, laying out and filling the store, from a built model or from a checkpoint. Knows nothing of
 slots, threads of the runtime, or autograd.
+
+Note [vectors]: in a packed model the tensors of decoder layers with one dimension, norms and biases, are not streamed
+but stay on the device: 0.5 MB of Llama-2-7B. ``prepare_model_for_kbit_training`` turns them to float32, and the linear
+of bitsandbytes its bias to the compute dtype, for good; both would write past a slot.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,13 +24,22 @@ from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
+from hf_lema.checkpoint import read_spans_into
 from hf_lema.config import LemaConfig
 from hf_lema.host_memory import available_host_bytes
 from hf_lema.host_store import DiskStore, HostStore, RamStore
-from hf_lema.layer_proxy import StreamedTensor
-from hf_lema.layout import LayerLayout, make_layout
-from hf_lema.packing import cached_pack
+from hf_lema.layer_proxy import StreamedTensor, rest
+from hf_lema.layout import LayerLayout, PackedMatrix, make_layout
+from hf_lema.pack import PackIndex
+from hf_lema.packing import cached_pack, find_pack
 from hf_lema.source import CheckpointSource
+from hf_lema.stock_quantizer import (
+    make_quantizer,
+    mark_as_packed,
+    matrices_of,
+    put_in_packed_linears,
+    transposed_weights,
+)
 from hf_lema.units import GIB, format_bytes
 
 RAM_HEAD_ROOM_BYTES = GIB
@@ -36,7 +52,8 @@ def streamed_tensors(
     """Chooses what to stream: frozen base tensors of decoder layers that are registered in one place only.
 
     Adapters and what PEFT keeps beside the base are never streamed, whether they train now or not; a tensor that two
-    modules share stays on the device, because the layers' stores would break the tie.
+    modules share stays on the device, because the layers' stores would break the tie. See Note [vectors] for what stays
+    in a packed model.
 
     Returns:
         Layer index -> (layout, places); layers with nothing to stream are left out.
@@ -44,23 +61,46 @@ def streamed_tensors(
     counts = Counter(
         id(parameter) for module in lm.modules() for parameter in module._parameters.values() if parameter is not None
     )
+    keeps_vectors = any(is_packed(parameter) for parameter in lm.parameters())
     chosen = {}
     for layer_idx, layer in enumerate(layers):
         adapters = _adapter_parameters(layer)
         places = [
-            StreamedTensor(f"{prefix}.{attribute}" if prefix else attribute, module, attribute)
+            _place(f"{prefix}.{attribute}" if prefix else attribute, module, attribute)
             for prefix, module in layer.named_modules()
             for attribute, parameter in module._parameters.items()
             if parameter is not None
             and not parameter.requires_grad
             and counts[id(parameter)] == 1
             and id(parameter) not in adapters
+            and not (keeps_vectors and parameter.dim() <= 1)
         ]
         if places:
-            tensors = {place.name: _registered(place) for place in places}
-            layout = make_layout(layer_idx, {name: (t.shape, t.dtype) for name, t in tensors.items()})
-            chosen[layer_idx] = (layout, tuple(places))
+            chosen[layer_idx] = (_layout_of(layer_idx, places), tuple(places))
     return chosen
+
+
+def is_packed(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is bitsandbytes' of 4 bits. By name: bitsandbytes is not needed where there is none."""
+    return type(parameter).__name__ == "Params4bit"
+
+
+def _place(name: str, owner: nn.Module, attribute: str) -> StreamedTensor:
+    parameter = owner._parameters[attribute]
+    if parameter is None or not is_packed(parameter):
+        return StreamedTensor(name, owner, attribute)
+    from hf_lema.quantization import matrix_of
+
+    packed: Any = parameter
+    return StreamedTensor(name, owner, attribute, matrix_of(name, packed))
+
+
+def _layout_of(layer_idx: int, places: Sequence[StreamedTensor]) -> LayerLayout:
+    tensors: dict[str, tuple[Sequence[int], torch.dtype]] = {}
+    for place in places:
+        parameter = _registered(place)
+        tensors |= {place.name: (parameter.shape, parameter.dtype)} if place.matrix is None else place.matrix.tensors()
+    return make_layout(layer_idx, tensors, [place.matrix for place in places if place.matrix is not None])
 
 
 def _registered(place: StreamedTensor) -> nn.Parameter:
@@ -82,11 +122,40 @@ def _adapter_parameters(layer: nn.Module) -> set[int]:
     return found
 
 
+def pack_linears(lm: PreTrainedModel, layers_path: str, config: LemaConfig, device: torch.device) -> None:
+    """Packs the linears of a built model's decoder layers, one at a time; each original is dropped before the next.
+
+    Raises:
+        ValueError: The model has adapters already: PEFT chose their kind for full-precision linears.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in lm.modules()):
+        raise ValueError(
+            "the model has adapters, which PEFT made for full-precision linears: wrap the base model with "
+            f"quantization={config.quantization!r} first, then get_peft_model"
+        )
+    from hf_lema.quantization import quantize, register_packed
+
+    quantizer = make_quantizer(lm.dtype, config.double_quantization)
+    originals = put_in_packed_linears(lm, layers_path, quantizer)
+    transposed = transposed_weights(originals)
+    matrices = matrices_of(originals, layers_path, lm.dtype, config.double_quantization)
+    for path in tqdm(list(originals), desc="Packing linears", delay=2, leave=False):
+        name = f"{path}.weight"
+        weight = originals.pop(path)._parameters["weight"]
+        assert weight is not None
+        matrix = replace(matrices[name], dtype=weight.dtype)
+        parts = {part: torch.empty(shape, dtype=dtype) for part, (shape, dtype) in matrix.tensors().items()}
+        quantize(matrix, weight.data.T if name in transposed else weight.data, parts, device)
+        register_packed(matrix, parts, lm.get_submodule(path))
+    mark_as_packed(lm, quantizer, lm.dtype)
+
+
 def choose_store(
     layouts: Mapping[int, LayerLayout],
     config: LemaConfig,
     device: torch.device,
     source: CheckpointSource | None,
+    pack: PackIndex | None = None,
 ) -> HostStore:
     """The RAM tier where the layers fit the budget, else the disk tier.
 
@@ -95,6 +164,7 @@ def choose_store(
         config: The budgets.
         device: Where layers compute.
         source: The checkpoint that the layers come from; None for a model that is already in memory.
+        pack: The layers in a pack; if None, one is made where the disk tier needs one.
 
     Raises:
         ValueError: A model that is already in memory does not fit the stated ``ram_budget``.
@@ -113,10 +183,10 @@ def choose_store(
             f"{format_bytes(needed_bytes)}. Use LemaModelWrapper.from_pretrained, which streams them from their files"
         )
     ring_bytes = {} if budget_bytes is None else {"max_ring_bytes": max(0, budget_bytes // 2)}
-    if source.spans is not None:
+    if pack is None and source.spans is not None:
         spans, files = source.spans, source.open_files()
     else:
-        pack = cached_pack(source)
+        pack = pack or cached_pack(source)
         spans, files = pack.spans, pack.open_files()
     return DiskStore(layouts, dict(zip(layouts, spans, strict=True)), device, files=files, **ring_bytes)
 
@@ -128,14 +198,12 @@ def fill_from_model(store: HostStore, streamed: Mapping[int, tuple[LayerLayout, 
         for layer_idx, (_, places) in streamed.items():
             views = store.host_views(layer_idx)
             for place in places:
-                parameter = _registered(place)
-                views[place.name].copy_(parameter.data)
-                parameter.data = views[place.name]
+                rest(place, views)
     store.seal()
 
 
 def fill_from_checkpoint(
-    store: HostStore, source: CheckpointSource, layers: nn.ModuleList
+    store: HostStore, source: CheckpointSource, layers: nn.ModuleList, pack: PackIndex | None = None
 ) -> dict[int, tuple[StreamedTensor, ...]]:
     """Reads the layers into the RAM tier (the disk tier needs nothing) and registers the weights at rest.
 
@@ -143,23 +211,57 @@ def fill_from_checkpoint(
         Layer index -> where each streamed tensor is registered.
     """
     if isinstance(store, RamStore):
-        # A conversion holds a layer of its own; reads in place go straight into the slab.
-        num_threads = 1 if source.needs_conversion else 4
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="hf_lema-loader") as pool:
-            loads = [pool.submit(source.write_layer, i, store.layer_buffer(i)) for i in store.layouts]
-            for load in tqdm(loads, desc="Loading layers", delay=2, leave=False):
-                load.result()
-        store.seal()
+        if pack is None and source.needs_conversion:
+            pack = find_pack(source)
+        _fill_slab(store, source, pack)
     source.close()
+    packs_linears = any(layout.packed for layout in store.layouts.values())
     places = {}
-    for layer_idx in store.layouts:
+    for layer_idx, layout in store.layouts.items():
         views = store.host_views(layer_idx)
-        places[layer_idx] = tuple(_register(layers[layer_idx], name, view) for name, view in views.items())
+        matrices = {matrix.name: matrix for matrix in layout.packed}
+        parts = {name for matrix in layout.packed for name in matrix.tensors()}
+        found = []
+        for name, view in views.items():
+            if name in matrices:
+                found.append(_register_packed(layers[layer_idx], matrices[name], views))
+            elif packs_linears and view.dim() <= 1 and name not in parts:
+                _register(layers[layer_idx], name, view.to(store.device, copy=True))  # see Note [vectors]
+            elif name not in parts:
+                found.append(_register(layers[layer_idx], name, view))
+        places[layer_idx] = tuple(found)
     return places
 
 
-def _register(layer: nn.Module, name: str, view: torch.Tensor) -> StreamedTensor:
+def _fill_slab(store: RamStore, source: CheckpointSource, pack: PackIndex | None) -> None:
+    # A conversion holds a layer of its own, or has threads of its own; plain reads go straight into the slab.
+    num_threads = 1 if pack is None and source.needs_conversion else 4
+    with ExitStack() as stack:
+        write = source.write_layer
+        if pack is not None:
+            files, spans = stack.enter_context(pack.open_files()), dict(zip(store.layouts, pack.spans, strict=True))
+
+            def write(layer_idx: int, out: torch.Tensor) -> None:
+                read_spans_into(files, spans[layer_idx], out)
+
+        pool = stack.enter_context(ThreadPoolExecutor(num_threads, thread_name_prefix="hf_lema-loader"))
+        loads = [pool.submit(write, i, store.layer_buffer(i)) for i in store.layouts]
+        for load in tqdm(loads, desc="Loading layers", delay=2, leave=False):
+            load.result()
+    store.seal()
+
+
+def _register(layer: nn.Module, name: str, tensor: torch.Tensor) -> StreamedTensor:
     path, _, attribute = name.rpartition(".")
     owner = layer.get_submodule(path)
-    owner._parameters[attribute] = nn.Parameter(view, requires_grad=False)
+    owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
     return StreamedTensor(name, owner, attribute)
+
+
+def _register_packed(layer: nn.Module, matrix: PackedMatrix, views: Mapping[str, torch.Tensor]) -> StreamedTensor:
+    from hf_lema.quantization import register_packed
+
+    path, _, attribute = matrix.name.rpartition(".")
+    owner = layer.get_submodule(path)
+    register_packed(matrix, views, owner)
+    return StreamedTensor(matrix.name, owner, attribute, matrix)

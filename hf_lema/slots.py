@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hf_lema.events import Event, make_event
 from hf_lema.layout import LayerLayout
+
+if TYPE_CHECKING:
+    from hf_lema.quantization import LentMatrices
 
 
 class SlotState(enum.Enum):
@@ -51,7 +55,8 @@ class Slot:
 
     Note [slot views]: the parameters handed to a visit are views of `buffer` made once per layout, each with a version
     counter of its own (PEFT's parametrizations bump the one that they touch). Every fill bumps them all: autograd then
-    refuses to use a tensor that it saved from an earlier layer instead of computing with the wrong bytes.
+    refuses to use a tensor that it saved from an earlier layer instead of computing with the wrong bytes. What is
+    packed to 4 bits has a guard of its own: Note [packed views] in quantization.py.
 
     Attributes:
         buffer: 1-D uint8 tensor on the device, as large as the largest layer.
@@ -71,8 +76,9 @@ class Slot:
         self.released_event: Event = make_event(buffer.device)
         self.generation = 0
         self._views: dict[tuple[object, ...], dict[str, nn.Parameter]] = {}
+        self._packed: dict[tuple[object, ...], LentMatrices] = {}
         # By the layout's identity: its tensors would be hashed at every visit.
-        self._of_layout: dict[int, tuple[LayerLayout, dict[str, nn.Parameter]]] = {}
+        self._of_layout: dict[int, tuple[LayerLayout, dict[str, nn.Parameter], LentMatrices | None]] = {}
 
     def move_to(self, state: SlotState, layer_idx: int | None) -> None:
         """The one place where the state changes."""
@@ -82,19 +88,25 @@ class Slot:
         self.layer_idx = layer_idx
 
     def parameters(self, layout: LayerLayout) -> dict[str, nn.Parameter]:
-        """The layer's tensors as parameters that need no gradient; see Note [slot views]."""
+        """The layer's tensors as parameters that need no gradient, for one visit; see Note [slot views]."""
         found = self._of_layout.get(id(layout))
-        if found is not None:
-            return found[1]
-        key = layout.tensors
-        if key not in self._views:
-            with torch.inference_mode(False):  # made in an evaluation, they must still serve training
-                self._views[key] = {
-                    name: nn.Parameter(view.data, requires_grad=False)
-                    for name, view in layout.views(self.buffer).items()
-                }
-        self._of_layout[id(layout)] = (layout, self._views[key])
-        return self._views[key]
+        if found is None:
+            key = (layout.tensors, layout.packed)
+            if key not in self._views:
+                with torch.inference_mode(False):  # made in an evaluation, they must still serve training
+                    self._make_views(key, layout)
+            found = self._of_layout[id(layout)] = (layout, self._views[key], self._packed.get(key))
+        _, views, packed = found
+        return views if packed is None else packed.lend()
+
+    def _make_views(self, key: tuple[object, ...], layout: LayerLayout) -> None:
+        self._views[key] = {
+            name: nn.Parameter(view.data, requires_grad=False) for name, view in layout.views(self.buffer).items()
+        }
+        if layout.packed:
+            from hf_lema.quantization import LentMatrices  # bitsandbytes is not needed where nothing is packed
+
+            self._packed[key] = LentMatrices(layout, self._views[key], self)
 
     def begin_fill(self, layer_idx: int) -> None:
         """Another layer's bytes are on their way; see Note [slot views]."""

@@ -1,7 +1,7 @@
 """The decoder layers of a checkpoint, as the model registers them.
 
 Responsibility: one layout per layer, where a layer's bytes can be read in place, and how they are made where they
-cannot. Knows nothing of the model's other weights, of devices or of threads.
+cannot: converted, packed to 4 bits, or taken over packed. Knows nothing of the model's other weights.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ from hf_lema.checkpoint import (
     CheckpointIndex,
     FileSet,
     LayerLayout,
+    PackedMatrix,
     ReadSpan,
     TensorLocation,
     make_layout,
@@ -30,7 +33,8 @@ from hf_lema.checkpoint import (
     read_spans_into,
 )
 from hf_lema.conversion import ConversionGroup, ConversionPlan, convert
-from hf_lema.pack import layouts_to_json
+from hf_lema.pack import PACK_VERSION, layouts_to_json
+from hf_lema.packed_checkpoint import StoredMatrix
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,6 +96,29 @@ class _LayerTensors:
     tensors: Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Which linears of the decoder layers are packed to 4 bits, and how.
+
+    Attributes:
+        matrices: Full name of the weight in the model -> what it becomes, its name relative to the layer.
+        transposed: Full names of those that the checkpoint holds transposed.
+        stored: Name in the checkpoint -> weight that is packed there already.
+        device: Where the others are packed.
+    """
+
+    matrices: Mapping[str, PackedMatrix]
+    transposed: frozenset[str]
+    stored: Mapping[str, StoredMatrix]
+    device: torch.device
+
+
+NOTHING_PACKED = Packing(matrices={}, transposed=frozenset(), stored={}, device=torch.device("cpu"))
+
+MAX_THREADS = 4
+"""Threads that read and pack: from the page cache of an H100 host four read 21 to 30 GB/s, as much as its bus takes."""
+
+
 class CheckpointSource:
     """The bytes of every decoder layer, from the checkpoint's files.
 
@@ -105,7 +132,13 @@ class CheckpointSource:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers_path: str, index: CheckpointIndex, plan: ConversionPlan, dtype: torch.dtype
+        self,
+        model: PreTrainedModel,
+        layers_path: str,
+        index: CheckpointIndex,
+        plan: ConversionPlan,
+        dtype: torch.dtype,
+        packing: Packing = NOTHING_PACKED,
     ) -> None:
         """Lay the layers out; reads no tensor.
 
@@ -115,11 +148,14 @@ class CheckpointSource:
             index: The checkpoint.
             plan: Made for this model and checkpoint.
             dtype: The dtype that the model is loaded in.
+            packing: Which linears are packed.
 
         Raises:
             ValueError: Tensors of decoder layers are missing from the checkpoint or have another shape; all are named.
         """
         self.dtype = dtype
+        self._packing = packing
+        self._pool: ThreadPoolExecutor | None = None  # owned
         self._reader = TensorReader(index)  # owned
         # Conversions look shapes up in the model, whose layers will be wrapped or replaced: they get their own.
         self._meta_model = _meta_copy(model) if plan.has_converters else model
@@ -127,13 +163,13 @@ class CheckpointSource:
         layers = model.get_submodule(layers_path)
         assert isinstance(layers, nn.ModuleList)
         found = _group_by_layer(self._meta_model, layers_path, len(layers), plan, self._reader)
-        _check_complete(layers, layers_path, found)
+        _check_complete(layers, layers_path, found, packing)
         # In the order of the names, which is also the order of the data in the files that save_pretrained writes: the
         # spans of a layer then merge to one or a few.
-        self.layouts: tuple[LayerLayout, ...] = tuple(
-            make_layout(layer_idx, dict(sorted(layer.tensors.items()))) for layer_idx, layer in enumerate(found)
-        )
         self._groups = tuple(layer.groups for layer in found)
+        self.layouts: tuple[LayerLayout, ...] = tuple(
+            self._lay_out(layer_idx, layer.tensors) for layer_idx, layer in enumerate(found)
+        )
         self.reason = self._why_not_in_place(index.tensors)
         self.spans: tuple[tuple[ReadSpan, ...], ...] | None = None
         if not self.reason:
@@ -141,8 +177,46 @@ class CheckpointSource:
                 self._layer_spans(layout, groups) for layout, groups in zip(self.layouts, self._groups, strict=True)
             )
         versions = [transformers.__version__] if plan.has_converters else []
-        parts = [index.identity(), layouts_to_json(self.layouts), *versions]
+        parts = [PACK_VERSION, index.identity(), layouts_to_json(self.layouts), *versions]
         self.identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        if packing.matrices:
+            self._pool = ThreadPoolExecutor(self._num_threads(found), thread_name_prefix="hf_lema-packer")
+
+    def _lay_out(self, layer_idx: int, tensors: Mapping[str, tuple[torch.Size, torch.dtype]]) -> LayerLayout:
+        """The layout of a layer, with what is packed in place of the weights."""
+        parts: dict[str, tuple[Sequence[int], torch.dtype]] = {}
+        packed = []
+        for name, tensor in sorted(tensors.items()):
+            matrix = self._matrix(layer_idx, name)
+            parts |= {name: tensor} if matrix is None else matrix.tensors()
+            packed += [] if matrix is None else [matrix]
+        return make_layout(layer_idx, parts, packed)
+
+    def _matrix(self, layer_idx: int, name: str) -> PackedMatrix | None:
+        """What a weight is packed to, None for one that stays as it is; as it is stored, where it is packed there."""
+        target = f"{self._prefix}{layer_idx}.{name}"
+        stored = self._stored(target, layer_idx)
+        return self._packing.matrices.get(target) if stored is None else replace(stored.matrix, name=name)
+
+    def _stored(self, target: str, layer_idx: int) -> StoredMatrix | None:
+        if target not in self._packing.matrices or not self._packing.stored:
+            return None
+        sources = next(group.sources for group in self._groups[layer_idx] if group.target == target)
+        return self._packing.stored[sources[0]]
+
+    def _num_threads(self, found: Sequence[_LayerTensors]) -> int:
+        """As many as hold no more than two layers of full precision between them."""
+        stored = self._reader.index.tensors
+        group_bytes = [
+            sum(stored[name].nbytes for name in group.sources) * (1 if group.converter is None else 2)
+            for groups in self._groups
+            for group in groups
+        ]
+        layer_bytes = max(
+            sum(shape.numel() * self.dtype.itemsize for shape, _ in layer.tensors.values()) for layer in found
+        )
+        room_bytes = 3 * layer_bytes // 2  # the rest is for what packing itself takes
+        return max(1, min(MAX_THREADS, room_bytes // max(1, *group_bytes)))
 
     @property
     def needs_conversion(self) -> bool:
@@ -160,6 +234,10 @@ class CheckpointSource:
         joined = [group.target for group in groups if group.converter is not None]
         if joined:
             reasons.append(f"transformers makes {len(joined)} tensors from others (first: {joined[0]})")
+        if self._packing.stored:
+            reasons.append("bitsandbytes' statistics are laid out anew")
+        elif self._packing.matrices:
+            reasons.append(f"{len(self._packing.matrices)} linears are packed to 4 bits")
         cast = [name for group in groups for name in group.sources if stored[name].dtype != group.cast_to]
         if cast:
             dtypes = sorted({str(stored[name].dtype) for name in cast})
@@ -185,7 +263,8 @@ class CheckpointSource:
     def write_layer(self, layer_idx: int, out: torch.Tensor) -> None:
         """Fill a buffer with a layer, whether in place or by conversion. May be called from several threads.
 
-        Beyond ``out`` it holds the tensors of one conversion: the sources and the result of one joined tensor.
+        Beyond ``out`` it holds the tensors of one conversion: the sources and the result of one joined tensor; where
+        linears are packed, those of a few, at most two layers of full precision.
 
         Args:
             layer_idx: Which layer.
@@ -200,21 +279,76 @@ class CheckpointSource:
             read_spans_into(self._reader.files, self.spans[layer_idx], out)
             return
         views = self.layouts[layer_idx].views(out)
-        layer_prefix = f"{self._prefix}{layer_idx}."
-        with torch.no_grad():
+        if self._pool is None:
             for group in self._groups[layer_idx]:
-                for target, tensor in convert(group, self._meta_model, self._reader.read).items():
-                    name = target.removeprefix(layer_prefix)
-                    if name in views:
-                        views[name].copy_(tensor)
+                self._write_group(layer_idx, group, views)
+            return
+        writes = [self._pool.submit(self._write_group, layer_idx, group, views) for group in self._groups[layer_idx]]
+        wait(writes)  # none may write to the buffer any more when an error is raised
+        for write in writes:
+            write.result()
+
+    @torch.no_grad()
+    def _write_group(self, layer_idx: int, group: ConversionGroup, views: Mapping[str, torch.Tensor]) -> None:
+        layer_prefix = f"{self._prefix}{layer_idx}."
+        packed = {matrix.name: matrix for matrix in self.layouts[layer_idx].packed}
+        matrix = packed.get(group.target.removeprefix(layer_prefix))
+        if matrix is not None and group.converter is None:
+            self._write_packed(layer_idx, group, matrix, views)
+            return
+        for target, tensor in convert(group, self._meta_model, self._reader.read).items():
+            name = target.removeprefix(layer_prefix)
+            if name in packed:
+                self._pack(target, packed[name], tensor, views)
+            elif name in views:
+                views[name].copy_(tensor)
+
+    def _write_packed(
+        self, layer_idx: int, group: ConversionGroup, matrix: PackedMatrix, views: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Packs one stored weight, cast on the device, or takes over one that is packed."""
+        stored = self._stored(group.target, layer_idx)
+        if stored is not None:
+            stored.read_into(self._reader.files, matrix, views)
+            return
+        name = group.sources[0]
+        values = self._reader.read(name, self._reader.index.tensors[name].dtype)
+        self._pack(group.target, matrix, values, views, lambda piece: cast_checked(name, piece, matrix.dtype))
+
+    def _pack(
+        self,
+        target: str,
+        matrix: PackedMatrix,
+        values: torch.Tensor,
+        views: Mapping[str, torch.Tensor],
+        cast: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        from hf_lema.quantization import quantize  # bitsandbytes is not needed where nothing is packed
+
+        is_transposed = target in self._packing.transposed
+        quantize(matrix, values.T if is_transposed else values, views, self._packing.device, cast)
 
     def open_files(self) -> FileSet:
         """Give a new set of the checkpoint's files to read `spans` from. The caller owns it."""
         return self._reader.index.open_files()
 
     def close(self) -> None:
-        """Close the files. May be called any number of times."""
+        """Close the files and end the threads. May be called any number of times."""
+        if self._pool is not None:
+            self._pool.shutdown()
         self._reader.files.close()
+
+    @property
+    def made_with(self) -> str:
+        """The versions that the values depend on, for whoever wonders where a pack's last bits come from."""
+        made = f"transformers {transformers.__version__}"
+        if self._packing.matrices and not self._packing.stored:
+            made += f", bitsandbytes {version('bitsandbytes')} on {self._packing.device.type}"
+        return made
+
+    def fingerprint(self) -> str:
+        """As `CheckpointIndex.fingerprint`."""
+        return self._reader.index.fingerprint()
 
     def __enter__(self) -> Self:
         return self
@@ -226,9 +360,9 @@ class CheckpointSource:
 
 
 def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same modules whose tensors are all on meta."""
-    on_meta = {id(tensor): tensor.to("meta") for tensor in model.buffers()}
-    return copy.deepcopy(model, on_meta)
+    """A model of its own modules, whose tensors are all on meta; parameters are shared, nobody writes to them."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared | {id(tensor): tensor.to("meta") for tensor in model.buffers()})
 
 
 def _group_by_layer(
@@ -255,18 +389,25 @@ def _group_by_layer(
     ]
 
 
-def _check_complete(layers: nn.ModuleList, layers_path: str, found: Sequence[_LayerTensors]) -> None:
-    """Every parameter of every layer must come from the checkpoint, in its own shape."""
+def _check_complete(layers: nn.ModuleList, layers_path: str, found: Sequence[_LayerTensors], packing: Packing) -> None:
+    """Every parameter of every layer must come from the checkpoint, in its own shape, packed or not as it is there."""
     problems = []
     for layer_idx, layer in enumerate(layers):
         tensors = found[layer_idx].tensors
+        sources = {group.target: group.sources for group in found[layer_idx].groups}
         for name, parameter in layer.named_parameters(remove_duplicate=False):
             full_name = f"{layers_path}.{layer_idx}.{name}"
+            shape = parameter.shape[::-1] if full_name in packing.transposed else parameter.shape
             if name not in tensors:
                 problems.append(f"{full_name} is missing from the checkpoint")
-            elif tensors[name][0] != parameter.shape:
+            elif tensors[name][0] != shape:
                 stored = tuple(tensors[name][0])
-                problems.append(f"{full_name} has shape {stored} in the checkpoint, expected {tuple(parameter.shape)}")
+                problems.append(f"{full_name} has shape {stored} in the checkpoint, expected {tuple(shape)}")
+            elif packing.stored:
+                num_packed = sum(source in packing.stored for source in sources.get(full_name, ()))
+                expected = full_name in packing.matrices
+                if num_packed != expected:
+                    problems.append(f"{full_name} is {'not ' if expected else ''}packed to 4 bits in the checkpoint")
     if problems:
         listed = "".join(f"\n- {problem}" for problem in problems)
         raise ValueError(

@@ -32,7 +32,15 @@ from hf_lema.loss import ChunkedLoss
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.micro_batch import MicroBatches
 from hf_lema.outside import OutsideWeights
-from hf_lema.placement import choose_store, fill_from_checkpoint, fill_from_model, streamed_tensors
+from hf_lema.packing import given_pack
+from hf_lema.placement import (
+    choose_store,
+    fill_from_checkpoint,
+    fill_from_model,
+    is_packed,
+    pack_linears,
+    streamed_tensors,
+)
 from hf_lema.recompute import VisitOptions
 from hf_lema.residency import VramBudget
 from hf_lema.streamer import LayerStreamer
@@ -92,7 +100,9 @@ class LemaModelWrapper(nn.Module):
         _refuse_bf16_without_hardware(lm, target)
         if all(parameter.requires_grad for parameter in lm.parameters()):
             lm.requires_grad_(False)
-        _, layers = find_decoder_layers(lm)
+        layers_path, layers = find_decoder_layers(lm)
+        if config.quantization is not None and not any(is_packed(parameter) for parameter in lm.parameters()):
+            pack_linears(lm, layers_path, config, target)
         streamed = streamed_tensors(lm, layers)
         layouts = {i: layout for i, (layout, _) in streamed.items()}
         store = choose_store(layouts, config, target, source=None)
@@ -113,6 +123,7 @@ class LemaModelWrapper(nn.Module):
         config: LemaConfig | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        pack: str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
         """Builds a causal language model from its checkpoint without ever holding it whole on the device.
@@ -125,6 +136,8 @@ class LemaModelWrapper(nn.Module):
             config: Budgets; the defaults if None.
             dtype: Type of the weights; the checkpoint's own if None or ``"auto"``.
             device: Where layers compute; the current accelerator, or the CPU, if None.
+            pack: A file with this model's decoder layers, written by ``hf-lema pack``; they are read from it in either
+                tier. If None, one that was kept from an earlier run is used where the layers must be converted.
             **kwargs: Passed on as ``AutoModelForCausalLM.from_pretrained`` would take them (``revision``,
                 ``attn_implementation``, ``trust_remote_code``, overrides of the configuration, ...).
 
@@ -132,18 +145,27 @@ class LemaModelWrapper(nn.Module):
             The model, an instance of its own class and of `LemaModelWrapper`.
 
         Raises:
-            ValueError: The checkpoint is damaged, has no safetensors files, or does not fit the model or the budgets.
-            FileNotFoundError: A shard is missing.
+            ValueError: The checkpoint is damaged, has no safetensors files, or does not fit the model or the budgets;
+                the pack is damaged or of another model.
+            FileNotFoundError: A shard, or the pack, is missing.
         """
         config = config or LemaConfig()
         target = _resolve_device(device)
-        skeleton = build_skeleton(name_or_path, dtype, target, **kwargs)
+        skeleton = build_skeleton(
+            name_or_path,
+            dtype,
+            target,
+            quantization=config.quantization,
+            double_quantization=config.double_quantization,
+            **kwargs,
+        )
         lm: Any = skeleton.model
         _refuse_bf16_without_hardware(lm, target)
         _, layers = find_decoder_layers(lm)
         layouts = {layout.layer_idx: layout for layout in skeleton.source.layouts}
-        store = choose_store(layouts, config, target, source=skeleton.source)
-        places = fill_from_checkpoint(store, skeleton.source, layers)
+        given = None if pack is None else given_pack(pack, skeleton.source)
+        store = choose_store(layouts, config, target, source=skeleton.source, pack=given)
+        places = fill_from_checkpoint(store, skeleton.source, layers, given)
         streamer = LayerStreamer(store, target, len(layers), config.num_slots)
         _assemble(lm, list(layers), places, streamer, config)
         try:
@@ -174,8 +196,7 @@ class LemaModelWrapper(nn.Module):
         for state in runtime.layers:
             remove_merge_hooks(state)
             for tensor in state.streamed:
-                parameter = state.registered(tensor)
-                parameter.data = parameter.data.clone()
+                state.detach(tensor)
             ungraft_layer(state.layer)
         del lm.__dict__["_lema_runtime"]
         lm.__class__ = runtime.plain_class
@@ -193,6 +214,10 @@ class LemaModelWrapper(nn.Module):
                 )
         moved: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
+
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the layers would be unpacked where they rest."""
+        raise RuntimeError("a wrapped model cannot be unpacked in place; LemaModelWrapper.unwrap(model) first")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As transformers' own, but not into the folder that the layers are streamed from.
@@ -403,21 +428,21 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
 def _refuse_unfit(lm: PreTrainedModel) -> None:
     if any(isinstance(module, LayerProxy) for module in lm.modules()):
         raise RuntimeError("some layers of this model are wrapped already")
-    quantizer = getattr(lm, "hf_quantizer", None)
-    if quantizer is not None:
-        raise ValueError(
-            f"the model is quantized ({type(quantizer).__name__}) and its layers cannot be streamed as they are; wrap "
-            "the full-precision model"
-        )
+    # A model that transformers has packed to 4 bits is streamed as it is; linears put in by hand carry no mark.
+    is_marked = getattr(lm, "is_loaded_in_4bit", False)
     packed = [
         f"{name} ({type(parameter).__name__}, {parameter.dtype})"
         for name, parameter in lm.named_parameters()
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point()
+        if (type(parameter) is not nn.Parameter or not parameter.is_floating_point())
+        and not (is_marked and is_packed(parameter))
     ]
-    if packed:
+    quantizer = getattr(lm, "hf_quantizer", None)
+    if packed or (quantizer is not None and not is_marked):
         raise ValueError(
-            f"{len(packed)} parameters are quantized or of a kind that cannot be streamed: {', '.join(packed[:8])}; "
-            "wrap the full-precision model"
+            f"the model is quantized ({type(quantizer).__name__}) or has parameters of a kind that cannot be streamed "
+            f"({len(packed)}: {', '.join(packed[:8])}). Of quantized models only those can be that transformers has "
+            'packed to 4 bits with bitsandbytes: wrap the full-precision model, with LemaConfig(quantization="nf4") '
+            "for 4 bits"
         )
     device_map: Any = getattr(lm, "hf_device_map", None)
     if device_map is not None and len(set(device_map.values())) > 1:

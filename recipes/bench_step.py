@@ -35,7 +35,8 @@ from hf_lema import LemaConfig, MemoryTelemetryCallback, get_streamer
 from hf_lema.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
 from hf_lema.units import parse_bytes
 
-BENCH_CONTENDERS = ("peft", "peft-no-gc", "qlora", "lema")
+LEMA = ("lema", "lema-nf4")
+BENCH_CONTENDERS = ("peft", "peft-no-gc", "qlora", *LEMA)
 LEARNING_RATE = 1e-4
 
 
@@ -71,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="state of the sources, where the machine has no git checkout")
     parser.add_argument("--output", type=Path, help="file to which the JSON line is appended")
     args = parser.parse_args(argv)
-    if args.cold and (args.contender != "lema" or args.tier != "disk"):
+    if args.cold and (args.contender not in LEMA or args.tier != "disk"):
         parser.error("--cold needs --contender lema --tier disk")
     if not 0 <= args.warmup < args.steps:
         parser.error(f"--warmup {args.warmup} leaves none of {args.steps} steps")
@@ -114,6 +115,7 @@ def lema_config(args: argparse.Namespace) -> LemaConfig:
         ram_budget=budgets[1],
         num_slots=args.num_slots,
         micro_batch_size=args.micro_batch_size,
+        quantization="nf4" if args.contender == "lema-nf4" else None,
     )
 
 
@@ -170,7 +172,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     record["ram_loading_private_above_baseline_peak_bytes"] = _above(loading.ram_private_bytes, baseline)
     settle_memory()
     record |= train(args, model, folder, scratch, baseline)
-    if args.contender == "lema":
+    if args.contender in LEMA:
         get_streamer(model).close()
     if "pinned_copy_bytes_per_s" in record and "bus_bytes_per_s" in record:
         record["bus_over_pinned_copy_ratio"] = record["bus_bytes_per_s"] / record["pinned_copy_bytes_per_s"]
@@ -184,7 +186,7 @@ def machine_rates(args: argparse.Namespace, device: torch.device, folder: Path) 
     if device.type == "cuda":
         rates["pinned_copy_bytes_per_s"] = pinned_copy_bytes_per_s(device)
         torch.cuda.reset_peak_memory_stats(device)
-    if args.contender == "lema" and args.tier == "disk":
+    if args.contender in LEMA and args.tier == "disk":
         rates |= disk_rates(max(checkpoint_files(folder), key=lambda path: path.stat().st_size))
     return rates
 
@@ -193,9 +195,9 @@ def load(args: argparse.Namespace, folder: Path, device: torch.device) -> nn.Mod
     """The contender's model with its adapter."""
     name = "peft" if args.contender == "peft-no-gc" else args.contender
     options: dict[str, Any] = {} if args.attn is None else {"attn_implementation": args.attn}
-    config = lema_config(args) if name == "lema" else None
+    config = lema_config(args) if name in LEMA else None
     model = build_model(name, str(folder), plan_of(args), device, config, **options)
-    if name == "lema" and get_streamer(model).host_store.tier != args.tier:
+    if name in LEMA and get_streamer(model).host_store.tier != args.tier:
         found = get_streamer(model).host_store.tier
         raise RuntimeError(f"the layers stream from the {found} tier, --tier asks for {args.tier}")
     return model
@@ -211,7 +213,7 @@ def train(
     telemetry = MemoryTelemetryCallback.attach(
         trainer, vram_limit_bytes=args.vram_limit, ram_baseline=baseline, console=False
     )
-    cold = ColdCallback(model, checkpoint_files(folder)) if args.cold else None
+    cold = ColdCallback(model, sorted(get_streamer(model).host_store.paths)) if args.cold else None
     if cold is not None:
         trainer.add_callback(cold)
     with telemetry:
@@ -229,7 +231,7 @@ def train(
         "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batches_sha256": collator.digest(args.steps),
     }
-    if args.contender == "lema":
+    if args.contender in LEMA:
         figures |= streaming_figures(args, model, [dataclasses.asdict(record) for record in records])
     if cold is not None:
         figures |= cold_figures(args, cold, figures)

@@ -26,6 +26,7 @@ from hf_lema.report import NOISE_RULE, format_table, summarize, write_markdown, 
 from hf_lema.units import format_bytes, parse_bytes
 
 CONTENDERS = ("peft", "qlora", "lema", "lema-auto")
+ALL_CONTENDERS = (*CONTENDERS, "lema-nf4")
 QUICK = {"batch_size": 1, "max_steps": 4}
 NUM_WARMUP_STEPS = 2
 NUM_STEPS_A_LINE = 4
@@ -41,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="train one adapter with stock PEFT, QLoRA and LEMA, and compare")
     parser.add_argument("--model", help="hub id or folder; by default SmolLM2-135M-Instruct, fetched and cached")
     parser.add_argument("--dataset", help="hub id, .jsonl or .csv; by default 5,000 [LEMA_REPLY] examples")
-    parser.add_argument("--contenders", nargs="+", type=_names, default=[CONTENDERS], help=", ".join(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", type=_names, default=[CONTENDERS], help=", ".join(ALL_CONTENDERS))
     parser.add_argument("--batch-size", type=_positive, default=2)
     parser.add_argument("--seq-len", type=_positive, default=96, help="tokens an example")
     parser.add_argument("--max-steps", type=_positive, default=12)
@@ -65,9 +66,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    unknown = [name for name in names if name not in CONTENDERS]
+    unknown = [name for name in names if name not in ALL_CONTENDERS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
+        raise argparse.ArgumentTypeError(f"no contender {', '.join(unknown)}; there are {', '.join(ALL_CONTENDERS)}")
     return names
 
 

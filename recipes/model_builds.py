@@ -15,15 +15,21 @@ from transformers import AutoModelForCausalLM
 
 from hf_lema import LemaConfig, LemaModelWrapper
 
-DUEL_CONTENDERS = ("peft", "qlora", "lema", "lema-auto")
-LEMA_CONTENDERS = ("lema", "lema-auto")
+DUEL_CONTENDERS = ("peft", "qlora", "lema", "lema-auto", "lema-nf4")
+LEMA_CONTENDERS = ("lema", "lema-auto", "lema-nf4")
 
 
 def lema_config(name: str, device: torch.device) -> LemaConfig:
-    """``lema`` is at the least VRAM, and on a machine without a GPU at the least RAM: layers stream from disk."""
+    """``lema`` is at the least VRAM, and on a machine without a GPU at the least RAM: layers stream from disk.
+
+    ``lema-nf4`` is the same with the layers of ``qlora``. ``prepare_model_for_kbit_training`` does not prepare it: that
+    would only turn norms, embedding and head to fp32. On a CPU, where they are, the two are equal bit for bit.
+    """
     if name == "lema-auto":
         return LemaConfig()
-    return LemaConfig(vram_budget="min", ram_budget="min" if device.type == "cpu" else "auto")
+    quantization = "nf4" if name == "lema-nf4" else None
+    ram_budget = "min" if device.type == "cpu" else "auto"
+    return LemaConfig(vram_budget="min", ram_budget=ram_budget, quantization=quantization)
 
 
 def build_model(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -109,21 +110,19 @@ def test_model_spread_by_accelerate_is_refused() -> None:
         LemaModelWrapper.wrap(model, device="cpu")
 
 
-def test_quantized_model_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+def test_model_of_8_bits_is_refused(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     with pytest.raises(ValueError, match="quantized"):
         LemaModelWrapper.wrap(model, device="cpu")
 
 
 def test_quantized_linears_put_in_by_hand_are_refused() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
     model = build()
     model.requires_grad_(False)
     for layer in model.model.layers:
-        linear = bnb.nn.Linear4bit(32, 64, bias=False, quant_type="nf4")
+        linear = bitsandbytes.nn.Linear4bit(32, 64, bias=False, quant_type="nf4")
         linear.load_state_dict(layer.mlp.up_proj.state_dict())
         layer.mlp.up_proj = linear.to("cpu")
         layer.mlp.up_proj.requires_grad_(False)

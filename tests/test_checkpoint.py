@@ -596,8 +596,8 @@ def test_foreign_damaged_and_other_version_packs_are_told_apart(tmp_path: Path):
         open_pack(path)
     write_whole(path)
     good = path.read_bytes()
-    path.write_bytes(good.replace(b'"version":"1"', b'"version":"9"'))
-    with pytest.raises(ValueError, match="pack of version '9', this release reads version '1'"):
+    path.write_bytes(good.replace(b'"version":"2"', b'"version":"9"'))
+    with pytest.raises(ValueError, match="pack of version '9', this release reads version '2'"):
         open_pack(path)
     path.write_bytes(good.replace(b'"abc"', b'"ab "').replace(b'"layouts"', b'"layoutz"'))
     with pytest.raises(ValueError, match="metadata is damaged"):

@@ -28,6 +28,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("events", "DeviceEvent.synchronize", "synchronize"): "who calls it is judged where it is called",
     ("host_store", "StagingRing.claim", "synchronize"): "blocks the prefetch thread alone, until the window is free",
     ("host_store", "StagingRing.close", "synchronize"): "end of a life",
+    ("layer_proxy", "ProxyState.detach", "clone"): "end of a life: the model is unwrapped",
     ("slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
     ("prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
     ("streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",

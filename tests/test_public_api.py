@@ -23,13 +23,14 @@ PUBLIC_NAMES = {
 }
 
 CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": 0, "choices": None}
+CONFIG_FIELDS |= {"quantization": None, "double_quantization": True}
 
 STATS_FIELDS = ("num_hits", "num_demand_loads", "wait_s", "disk_bytes", "h2d_bytes")
 
 WRAPPER_PARAMETERS = {
     "wrap": ("model", "config", "device"),
     "unwrap": ("model",),
-    "from_pretrained": ("name_or_path", "config", "dtype", "device", "kwargs"),
+    "from_pretrained": ("name_or_path", "config", "dtype", "device", "pack", "kwargs"),
 }
 
 
