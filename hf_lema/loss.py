@@ -50,6 +50,7 @@ class ChunkedLoss:
         plain_forward: The forward of its own class.
         outside: Where the head lies; None for a head that stays on the device.
         max_chunk_bytes: See `MAX_CHUNK_BYTES`.
+        is_verified: Whether the model is known to agree with its chunks; it is then not checked.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ChunkedLoss:
         plain_forward: Callable[..., Any],
         outside: OutsideWeights | None = None,
         max_chunk_bytes: int = MAX_CHUNK_BYTES,
+        is_verified: bool = False,
     ) -> None:
         self._lm = lm
         self._outside = outside
@@ -65,7 +67,7 @@ class ChunkedLoss:
         self._plain_forward = plain_forward
         self._names = list(inspect.signature(plain_forward).parameters)[1:]
         self._supported = "logits_to_keep" in self._names and lm.base_model is not lm
-        self._checked = False
+        self._checked = is_verified
         self._backbone_output: type[Any] = BaseModelOutputWithPast
         vocab_size = lm.config.get_text_config().vocab_size
         self.chunk_tokens = max(64, max_chunk_bytes // (_BYTES_PER_LOGIT * vocab_size) // 64 * 64)

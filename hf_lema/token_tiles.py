@@ -28,12 +28,17 @@ _NUM_CHECKED_TOKENS = 32
 class TokenTiles:
     """Decides what runs in tiles; shared by all layers of a model.
 
+    Args:
+        tile_tokens: Tokens of a tile, all sequences of the batch counted; 0 for no tiles.
+        is_verified: Whether what is called as a token-wise part is one; it is then not checked.
+
     Attributes:
-        tile_tokens: Tokens of a tile, all sequences of the batch counted; 0 for no tiles. May be changed between steps.
+        tile_tokens: As given; may be changed between steps.
     """
 
-    def __init__(self) -> None:
-        self.tile_tokens = 0
+    def __init__(self, tile_tokens: int = 0, is_verified: bool = False) -> None:
+        self.tile_tokens = tile_tokens
+        self._is_verified = is_verified
         self._token_wise: dict[tuple[type[nn.Module], str], bool] = {}
         self._said: set[type[nn.Module]] = set()
 
@@ -78,7 +83,7 @@ class TokenTiles:
                 return plain(*args, **kwargs)
             (hidden,) = args
             if key not in self._token_wise:
-                self._token_wise[key] = _is_token_wise(child, plain, hidden.detach())
+                self._token_wise[key] = self._is_verified or _is_token_wise(child, plain, hidden.detach())
             if not self._token_wise[key]:
                 return plain(hidden)
             # Contiguous, as the whole is: some experts look at it as a list of tokens.

@@ -16,38 +16,12 @@ from safetensors.torch import save_file
 from training import DTYPES
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from hf_lema.blueprint import SHAPES as PLANNED_SHAPES
+
 MAX_SHARD_BYTES = 2 * 10**9
 INITIAL_STD = 0.02
 FREE_DISK_MARGIN_BYTES = 10**9
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-    "llama-2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
+SHAPES: dict[str, dict[str, Any]] = PLANNED_SHAPES | {
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -63,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape_config(shape: str, num_layers: int | None) -> LlamaConfig:
     """The configuration of a named shape, with fewer or more layers where asked."""
     fields = SHAPES[shape] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
-    return LlamaConfig(**fields, rms_norm_eps=1e-5)
+    return LlamaConfig(**({"rms_norm_eps": 1e-5} | fields))
 
 
 def meta_model(config: LlamaConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,0 +1,180 @@
+"""A plan as a value: where memory goes in a training run, what was decided, and how long a step takes at least.
+
+Responsibility: the named figures and what follows from them. Knows not how they were found, nor how they are shown.
+
+Note [phases]: the parts of a step are not alive together. In the backward of a layer its boundary activations and those
+of the layers below are, and the gradients of the layers above; so the peak of a step is the largest of its phases, and
+which one that is depends on the shape.
+
+Note [bound]: the time is that of `DeviceRates`: in the forward and in the backward the longer of computing and moving,
+then the loss and the optimizer. Nothing in it waits, so a real step takes longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["vram", "ram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A moment of the step at which memory may peak; see Note [phases].
+
+    Attributes:
+        name: Such as ``"backward of layer 31"``.
+        boundary_bytes: Layer inputs that wait for the backward, or the ring that they pass through.
+        gradient_bytes: Gradients of trainable tensors that are there already.
+        activation_bytes: What the part under way needs: a micro-batch's recompute, or the loss of a part of the tokens.
+    """
+
+    name: str
+    boundary_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the phase beyond what is always there."""
+        return self.boundary_bytes + self.gradient_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Lower bound of a step's seconds; see Note [bound].
+
+    Attributes:
+        forward_compute_s: Computing the layers' forward.
+        forward_moving_s: What the bus, or the disk, takes meanwhile.
+        backward_compute_s: Computing their backward, recompute included.
+        backward_moving_s: What the bus, or the disk, takes meanwhile.
+        ends_s: Embedding, head and loss, both ways.
+        update_s: The optimizer.
+    """
+
+    forward_compute_s: float
+    forward_moving_s: float
+    backward_compute_s: float
+    backward_moving_s: float
+    ends_s: float
+    update_s: float
+
+    @property
+    def forward_s(self) -> float:
+        """The layers' forward."""
+        return max(self.forward_compute_s, self.forward_moving_s)
+
+    @property
+    def backward_s(self) -> float:
+        """The layers' backward."""
+        return max(self.backward_compute_s, self.backward_moving_s)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a whole step."""
+        return self.forward_s + self.backward_s + self.ends_s + self.update_s
+
+    @property
+    def is_bound_by_compute(self) -> bool:
+        """Whether neither the forward nor the backward waits for bytes."""
+        return self.forward_moving_s <= self.forward_compute_s and self.backward_moving_s <= self.backward_compute_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBytes:
+    """Host memory of one process.
+
+    Attributes:
+        slab_bytes: Streamed layers in RAM, one copy for all processes of a machine.
+        page_locked_bytes: All that is page-locked: slab, ring, boundary activations, head.
+        file_backed_bytes: Streamed layers that stay in their files.
+        ring_bytes: Windows between files and the device.
+        boundary_bytes: Boundary activations.
+        embedding_bytes: Embedding and head.
+    """
+
+    slab_bytes: int
+    page_locked_bytes: int
+    file_backed_bytes: int
+    ring_bytes: int
+    boundary_bytes: int
+    embedding_bytes: int
+
+    @property
+    def private_bytes(self) -> int:
+        """What is taken of RAM: everything but files."""
+        return self.slab_bytes + self.ring_bytes + self.boundary_bytes + self.embedding_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a run will take, and what was decided.
+
+    Bytes of tensors are those that a CUDA device's allocator counts, 512 at a time.
+
+    Attributes:
+        contender: ``"lema"``, ``"peft"`` or ``"qlora"``.
+        model: Name of the model.
+        batch_size: Sequences of a step.
+        seq_len: Tokens of each.
+        micro_batch_size: Sequences that a layer computes on at a time.
+        resident_layers: Layers that stay in VRAM.
+        num_layers: Layers of the model.
+        tier: Where streamed layers rest: ``"ram"``, ``"disk"``, or ``"vram"`` where none is streamed.
+        boundaries: Where boundary activations wait.
+        embedding_and_head: Where these are.
+        slots_bytes: Device buffers that streamed layers share.
+        resident_bytes: Layers that stay in VRAM.
+        embedding_bytes: The input embedding, where it is in VRAM.
+        head_bytes: The output head, where it is in VRAM and not tied to the embedding.
+        other_bytes: Norms, buffers and what else is never streamed.
+        adapter_bytes: Trainable tensors.
+        optimizer_bytes: State of the optimizer.
+        workspace_bytes: Of cuBLAS.
+        phases: Moments at which the step may peak.
+        context_bytes: CUDA context and libraries, beside the allocator, not in `vram_bytes`.
+        host: Host memory.
+        h2d_bytes: Bytes that a step moves to the device.
+        time: Lower bound of the step's time.
+    """
+
+    contender: str
+    model: str
+    batch_size: int
+    seq_len: int
+    micro_batch_size: int
+    resident_layers: tuple[int, ...]
+    num_layers: int
+    tier: str
+    boundaries: Place
+    embedding_and_head: Place
+    slots_bytes: int
+    resident_bytes: int
+    embedding_bytes: int
+    head_bytes: int
+    other_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    workspace_bytes: int
+    phases: tuple[Phase, ...]
+    context_bytes: int
+    host: HostBytes
+    h2d_bytes: int
+    time: StepTime
+
+    @property
+    def always_bytes(self) -> int:
+        """Bytes that are there through the whole step."""
+        weights = self.slots_bytes + self.resident_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes
+        return weights + self.adapter_bytes + self.optimizer_bytes + self.workspace_bytes
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.nbytes)
+
+    @property
+    def vram_bytes(self) -> int:
+        """Peak of what the allocator hands out (``torch.cuda.max_memory_allocated``)."""
+        return self.always_bytes + self.peak.nbytes

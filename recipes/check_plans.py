@@ -1,0 +1,143 @@
+"""Compares the planner with what was measured: every record of recipes/results/h100-*.jsonl, planned again on a CPU.
+
+    python recipes/check_plans.py
+
+Plans are made from shapes alone, for what the code did when the record was made: boundary activations, embedding and
+head in VRAM. The bus rate is the record's own. The rates below are those of the machine; two of them were fitted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_lema import LemaConfig
+from hf_lema.device_rates import DeviceRates
+from hf_lema.memory_plan import MemoryPlan
+from hf_lema.planner import best_plan, stock_plan
+from hf_lema.step_cost import PlanOptions, StepCost
+from hf_lema.units import GIB, to_gib
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MICRO_BATCHES = {"c": 4}
+"""Sequences of a micro-batch where the record says "auto", a setting that is gone; in a and b it cut nothing."""
+
+H100 = DeviceRates(
+    name="H100 80GB HBM3",
+    origin="measured",
+    capability=(9, 0),
+    vram_bytes=85017493504,
+    h2d_bytes_per_s=55.0e9,
+    duplex_bytes_per_s=35.0e9,
+    disk_bytes_per_s=1.38e9,
+    # Fitted, with the stock record (0.625 s): bytes that kernels read and write over the time that is left for them.
+    vram_read_write_bytes_per_s=2.65e12,
+    half_flop_per_s=765e12,
+    float_flop_per_s=67e12,
+    # Fitted, with the record of micro-batches (0.789 s, bound by kernel starts).
+    kernel_start_s=31e-6,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One record and its plan."""
+
+    name: str
+    record: dict[str, Any]
+    plan: MemoryPlan
+
+    @property
+    def vram_error(self) -> float:
+        """Of the planned peak, relative to the measured one."""
+        return self.plan.vram_bytes / float(self.record["vram_allocated_peak_bytes"]) - 1
+
+    @property
+    def is_rate_its_own(self) -> bool:
+        """Whether the disk's rate is taken from the record itself, so that its time proves nothing."""
+        return bool(self.record["options"]["tier"] == "disk" and not self.record["options"]["cold"])
+
+    @property
+    def time_error(self) -> float:
+        """Of the planned step, relative to the measured one."""
+        return self.plan.time.step_s / float(self.record["step_median_s"]) - 1
+
+
+@functools.cache
+def step_cost(seq_len: int) -> StepCost:
+    """Of 8 sequences; others are derived, so that the model is built once."""
+    return StepCost("llama-2-7b", 8, seq_len, 16, H100, PlanOptions())
+
+
+@functools.cache
+def _at_batch(seq_len: int, batch_size: int) -> StepCost:
+    return step_cost(seq_len).at(H100, batch_size)
+
+
+def comparisons() -> Iterator[Comparison]:
+    """Every record with its plan."""
+    for path in sorted(RESULTS.glob("h100-7b-fp16-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            yield Comparison(name=_name(path, record), record=record, plan=_planned(path, record))
+
+
+def _name(path: Path, record: dict[str, Any]) -> str:
+    options = record["options"]
+    parts = [path.stem[-1], options["contender"], f"{options['batch_size']} x {options['seq_len']}"]
+    if options["contender"] == "lema":
+        parts += [f"{options['num_slots']} slots", options["tier"] + (", cold" if options["cold"] else "")]
+        parts += [f"{record['num_resident']} resident"] if record["num_resident"] else []
+        parts += [f"micro-batch {_micro_batch_size(path, record)}"]
+    return ", ".join(parts)
+
+
+def _micro_batch_size(path: Path, record: dict[str, Any]) -> int:
+    """What a visit was cut into; with resident layers to spare, and at one sequence, into nothing."""
+    options = record["options"]
+    if options.get("micro_batch_size") != "auto" or record["num_resident"]:
+        return int(options["batch_size"])
+    return min(MICRO_BATCHES.get(path.stem[-1], options["batch_size"]), options["batch_size"])
+
+
+def _planned(path: Path, record: dict[str, Any]) -> MemoryPlan:
+    options = record["options"]
+    # From the page cache the disk tier moved what it did, which no plain reading of the disk says.
+    disk_bytes_per_s = H100.disk_bytes_per_s if options["cold"] else record.get("disk_bytes_per_s", 1.0)
+    rates = replace(H100, h2d_bytes_per_s=record["pinned_copy_bytes_per_s"], disk_bytes_per_s=disk_bytes_per_s)
+    cost = _at_batch(options["seq_len"], options["batch_size"]).at(rates)
+    if options["contender"] == "peft":
+        return stock_plan(cost, is_checkpointed=True)
+    config = LemaConfig(
+        vram_budget=80 * GIB if record["num_resident"] else "min",
+        ram_budget="min" if options["tier"] == "disk" else 64 * GIB,
+        num_slots=options["num_slots"],
+    )
+    fixed = PlanOptions(
+        micro_batch_size=_micro_batch_size(path, record),
+        boundaries="vram",
+        embedding_and_head="vram",
+        num_resident=record["num_resident"],
+    )
+    return best_plan(cost, config, fixed)
+
+
+def main() -> None:
+    """Prints the table."""
+    print("| record | VRAM GiB: planned | measured | error | peaks in | step s: planned | measured | error |")
+    print("| :-- | --: | --: | --: | :-- | --: | --: | --: |")
+    for c in comparisons():
+        measured_gib, measured_s = to_gib(c.record["vram_allocated_peak_bytes"]), c.record["step_median_s"]
+        print(
+            f"| {c.name} | {to_gib(c.plan.vram_bytes):.3f} | {measured_gib:.3f} | {c.vram_error:+.2%} | "
+            f"{c.plan.peak.name} | {c.plan.time.step_s:.3f} | {measured_s:.3f} | "
+            f"{'(its own rate)' if c.is_rate_its_own else format(c.time_error, '+.1%')} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,528 @@
+"""The planner: bytes that equal what a wrapped model holds, peaks that were measured, budgets that hold."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import PEFT_THEN_WRAP, WRAP_THEN_PEFT, adapt, build, lora, prepare
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+
+from hf_lema import LemaConfig, get_streamer, rehearsal
+from hf_lema.blueprint import draw, nf4_bytes, packed_weights, sort_tensors
+from hf_lema.device_rates import DATA_SHEETS, DeviceRates, find_rates, measure_rates
+from hf_lema.host_store import RamStore
+from hf_lema.memory_plan import MemoryPlan
+from hf_lema.meter import ByteMeter, CudaBehaviour, Kernels, allocated_bytes
+from hf_lema.plan_table import _advice, compare_plans, comparison_as_dict, format_comparison, format_plans, plan_as_dict
+from hf_lema.planner import best_plan, plan_memory, plan_stock, stock_plan
+from hf_lema.rehearsal import Rehearsal
+from hf_lema.step_cost import PlanOptions, StepCost
+from hf_lema.units import GIB, MIB
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+MAX_VRAM_ERROR = 0.01
+MAX_TIME_ERROR = 0.15
+SMALL = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    attn_implementation="sdpa",
+)
+SLOW_BUS = dataclasses.replace(
+    DATA_SHEETS["T4"], h2d_bytes_per_s=5e8, duplex_bytes_per_s=5e8, kernel_start_s=1e-6, context_bytes=0
+)
+PLENTY = PlanOptions(ram_bytes=64 * GIB)
+ADAPTER = LoraConfig(r=8, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def small_cost() -> StepCost:
+    """A step of 4 x 64 tokens on a card behind a slow bus."""
+    return StepCost(SMALL, 4, 64, ADAPTER, SLOW_BUS, PLENTY)
+
+
+def plan(cost: StepCost, budget: str | int, **options: Any) -> MemoryPlan:
+    return best_plan(cost, LemaConfig(vram_budget=budget), dataclasses.replace(PLENTY, **options))
+
+
+# ---- against what was measured ----
+
+
+def check_plans() -> Any:
+    spec = importlib.util.spec_from_file_location("check_plans", RECIPES / "check_plans.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_plans"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plans_agree_with_every_record_of_the_h100() -> None:
+    found = list(check_plans().comparisons())
+
+    assert len(found) >= 17
+    assert len({c.record["vram_allocated_peak_bytes"] for c in found}) >= 7, "records that differ"
+    assert [c.name for c in found if abs(c.vram_error) > MAX_VRAM_ERROR] == []
+    timed = [c for c in found if not c.is_rate_its_own]
+    assert len(timed) >= 14
+    assert [c.name for c in timed if abs(c.time_error) > MAX_TIME_ERROR] == []
+    streamed = [c for c in found if c.record["options"]["contender"] == "lema"]
+    assert [c.name for c in streamed if c.plan.h2d_bytes != c.record["h2d_predicted_bytes"]] == []
+
+
+# ---- against counted bytes ----
+
+
+@pytest.mark.parametrize("order", [WRAP_THEN_PEFT, PEFT_THEN_WRAP])
+@pytest.mark.integration
+def test_plan_of_a_wrapped_model_is_what_it_holds_to_the_byte(order: str) -> None:
+    model = prepare(order, config=LemaConfig(num_slots=3, vram_budget="min"))
+    streamer = get_streamer(model)
+    planned = plan_memory(model, LemaConfig(num_slots=3, vram_budget="min"), batch_size=2, seq_len=16, options=PLENTY)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(trainable)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    prefetcher = streamer._prefetcher
+    assert prefetcher is not None
+    assert isinstance(streamer.host_store, RamStore)
+    slots = prefetcher._pool.slots
+
+    assert planned.host.slab_bytes == streamer.host_store.slab_bytes
+    assert planned.slots_bytes == sum(allocated_bytes(slot.buffer.nbytes) for slot in slots)
+    assert planned.adapter_bytes == sum(allocated_bytes(p.nbytes) for p in trainable)
+    assert planned.optimizer_bytes == sum(allocated_bytes(t.nbytes) for t in moments)
+    update = planned.phases[-1]
+    assert (update.name, update.gradient_bytes) == ("update", sum(allocated_bytes(p.grad.nbytes) for p in trainable))
+    streamer.close()
+
+
+@pytest.mark.integration
+def test_plan_of_a_configuration_is_that_of_the_built_model() -> None:
+    model = build()
+    from_config = plan_memory(
+        model.config,
+        LemaConfig(vram_budget="min"),
+        batch_size=2,
+        seq_len=16,
+        lora=lora(),
+        options=dataclasses.replace(PLENTY, dtype=torch.float32),
+    )
+    wrapped = prepare(WRAP_THEN_PEFT, model)
+    from_wrapped = plan_memory(wrapped, LemaConfig(vram_budget="min"), batch_size=2, seq_len=16, options=PLENTY)
+    get_streamer(wrapped).close()
+
+    assert dataclasses.replace(from_config, model="") == dataclasses.replace(from_wrapped, model="")
+
+
+@pytest.mark.integration
+def test_bytes_that_a_plan_moves_are_those_that_training_steps_move() -> None:
+    model = prepare(WRAP_THEN_PEFT, build(), config=LemaConfig(vram_budget="min"))
+    streamer = get_streamer(model)
+    planned = plan_memory(
+        model,
+        LemaConfig(vram_budget="min"),
+        batch_size=2,
+        seq_len=16,
+        options=dataclasses.replace(PLENTY, boundaries="vram", embedding_and_head="vram"),
+    )
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    moved = []
+    for _ in range(4):
+        before = streamer.stats().num_hits + streamer.stats().num_demand_loads
+        model(input_ids=ids, labels=ids).loss.backward()
+        moved.append(streamer.stats().num_hits + streamer.stats().num_demand_loads - before)
+    assert planned.h2d_bytes == streamer.transfers_per_step() * streamer.layer_bytes
+    assert moved[-1] == 2 * 4
+    streamer.close()
+
+
+def test_a_model_that_trains_some_base_weights_is_planned_with_them_resident() -> None:
+    model = build()
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    peft_model = adapt(model)
+    model.model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_(True)
+
+    tensors = sort_tensors(draw(peft_model).lm, is_packed=False)
+
+    assert tensors.layer_bytes[0] - tensors.layer_bytes[1] == 64 * 32 * 4
+    assert tensors.layer_adapter_bytes[1] - tensors.layer_adapter_bytes[0] == 64 * 32 * 4
+
+
+def test_tied_embedding_counts_once() -> None:
+    tied = sort_tensors(draw(build(tie_word_embeddings=True)).lm, is_packed=False)
+    untied = sort_tensors(draw(build(tie_word_embeddings=False)).lm, is_packed=False)
+
+    assert (tied.embedding_bytes, tied.head_bytes) == (128 * 32 * 4, 0)
+    assert (untied.embedding_bytes, untied.head_bytes) == (128 * 32 * 4, 128 * 32 * 4)
+
+
+@pytest.mark.parametrize("is_double", [True, False])
+def test_nf4_bytes_are_those_of_bitsandbytes(is_double: bool) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(688, 256)
+
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=is_double, quant_type="nf4")
+
+    parts = [packed, state.absmax] + ([state.state2.absmax, state.offset] if is_double else [])
+    assert nf4_bytes(weight.numel(), is_double) == sum(part.nbytes for part in parts)
+
+
+def test_packed_model_keeps_norms_and_adapters_as_they_were() -> None:
+    lm = draw(SMALL, torch.float16, 8).lm
+    dense, packed = sort_tensors(lm, is_packed=False), sort_tensors(lm, is_packed=True)
+    weights = packed_weights(lm)
+
+    assert len(weights) == 7 * 8
+    assert dataclasses.replace(packed, layer_bytes={}) == dataclasses.replace(dense, layer_bytes={})
+    assert 3.5 < dense.layer_bytes[0] / packed.layer_bytes[0] < 4
+
+
+# ---- tensors without data against real ones ----
+
+
+def part_costs(lm: Any, precision: torch.dtype | None) -> dict[str, Any]:
+    rehearsed = Rehearsal(lm, precision=precision, has_flash=False)
+    return {
+        "streamed": rehearsed.streamed_visit(1, 4, 24, 0),
+        "cut": rehearsed.streamed_visit(1, 4, 24, 2),
+        "checkpointed": rehearsed.stock_visit(1, 4, 24, True),
+        "plain": rehearsed.stock_visit(1, 4, 24, False),
+        "loss": rehearsed.ends(4, 24, False),
+        "chunked loss": rehearsed.ends(4, 24, True),
+    }
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fake_run_counts_what_a_real_run_counts(precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal.ChunkedLoss.__init__, "__defaults__", (0, True))
+    real_model, twin = (adapt(build(num_layers=2), lora(target_modules=["v_proj", "down_proj"])) for _ in range(2))
+    fake = part_costs(draw(twin).lm, precision)
+    # The same code on real tensors; the saved random state is the host's.
+    counted = functools.partial(ByteMeter, lambda tensor: tensor.dtype != torch.uint8)
+    monkeypatch.setattr(rehearsal, "FakeTensorMode", contextlib.nullcontext)
+    monkeypatch.setattr(rehearsal, "_forget_data", lambda lm, mode: {})
+    monkeypatch.setattr(rehearsal, "ByteMeter", counted)
+
+    real = part_costs(real_model.get_base_model(), precision)
+
+    ends = ("loss", "chunked loss")
+    assert {how: cost for how, cost in real.items() if how not in ends} == {
+        how: cost for how, cost in fake.items() if how not in ends
+    }
+    # With values to look at, transformers asks a few questions of the mask; they leave nothing behind.
+    assert [_bytes_of(real[how]) for how in ends] == [_bytes_of(fake[how]) for how in ends]
+    assert fake["cut"].backward.peak_bytes < fake["streamed"].backward.peak_bytes
+    assert fake["chunked loss"].forward.kept_bytes < fake["loss"].forward.kept_bytes
+
+
+def _bytes_of(cost: rehearsal.PartCost) -> list[tuple[int, int]]:
+    return [(measure.peak_bytes, measure.kept_bytes) for measure in (cost.forward, cost.backward)]
+
+
+def test_counting_follows_the_life_of_storages() -> None:
+    meter = ByteMeter(lambda tensor: True)
+    given = torch.ones(1000)
+    with meter.measured() as measures:
+        kept = given.view(10, 100) + 1  # 4,000 bytes: 4,096 of them
+        torch.ones(100_000).sum()
+        del given
+    (measure,) = measures
+
+    assert kept.shape == (10, 100)
+    assert measure.kept_bytes == 4096
+    assert measure.peak_bytes == 4096 + allocated_bytes(400_000) + 512
+
+
+def test_causal_attention_counts_half_of_the_square() -> None:
+    flops = []
+    for is_causal in (False, True):
+        with FakeTensorMode(), ByteMeter().measured() as measures, CudaBehaviour(has_flash=True):
+            query = torch.empty(1, 2, 64, 32, dtype=torch.float16)
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=is_causal)
+        flops.append(sum(kernels.num_flops for kernels in measures[0].work))
+
+    assert flops[0] == 2 * flops[1] == 2 * 2 * (2 * 64 * 64 * 32)
+
+
+def test_dropout_and_attention_keep_what_they_keep_on_cuda() -> None:
+    hidden = torch.ones(4, 8, requires_grad=True)
+    with CudaBehaviour(has_flash=True):
+        output = torch.nn.functional.dropout(hidden, 0.5, True)
+
+    assert type(output.grad_fn).__name__ == "NativeDropoutBackward0"
+
+
+def test_attention_without_flash_is_the_memory_efficient_kernel() -> None:
+    flash = StepCost(SMALL, 1, 64, ADAPTER, DATA_SHEETS["A100"], PLENTY).streamed_visits(1)
+    efficient = StepCost(SMALL, 1, 64, ADAPTER, DATA_SHEETS["P100"], PLENTY).streamed_visits(1)
+    eager = LlamaConfig(**{**SMALL.to_dict(), "attn_implementation": "eager"})
+    whole_matrix = StepCost(eager, 1, 64, ADAPTER, DATA_SHEETS["P100"], PLENTY).streamed_visits(1)
+
+    peaks = [visits.backward_peak_bytes[0] for visits in (flash, efficient, whole_matrix)]
+    assert peaks[0] <= peaks[1] < peaks[2]
+
+
+# ---- budgets ----
+
+
+def test_larger_budget_never_plans_a_slower_step_and_no_plan_exceeds_its_budget(small_cost: StepCost) -> None:
+    least = plan(small_cost, "min", boundaries="ram").vram_bytes
+    budgets = [least + 256 * 1024 * i for i in range(1, 80)]
+    plans = [plan(small_cost, budget) for budget in budgets]
+
+    assert all(p.vram_bytes <= budget for p, budget in zip(plans, budgets, strict=True))
+    steps_s = [p.time.step_s for p in plans]
+    assert steps_s == sorted(steps_s, reverse=True)
+    assert steps_s[-1] < steps_s[0]
+    assert len({len(p.resident_layers) for p in plans}) > 4
+    assert {p.boundaries for p in plans} == {"ram", "vram"}
+
+
+def test_impossible_budget_is_refused_with_the_smallest_that_works(small_cost: StepCost) -> None:
+    with pytest.raises(ValueError, match="the least that works is") as refusal:
+        plan(small_cost, 1 * MIB)
+    smallest = int(str(refusal.value).split("(")[1].split(" bytes")[0])
+
+    assert plan(small_cost, smallest).vram_bytes == smallest
+    with pytest.raises(ValueError, match="the least that works is"):
+        plan(small_cost, smallest - 1)
+
+
+def test_min_keeps_nothing_resident_and_is_no_slower_than_it_may_be(small_cost: StepCost) -> None:
+    floor = plan(small_cost, "min")
+    whole = plan(small_cost, "min", micro_batch_size=4, boundaries="vram", embedding_and_head="vram")
+
+    assert floor.resident_layers == ()
+    assert floor.vram_bytes < whole.vram_bytes
+    assert floor.time.step_s <= 1.2 * whole.time.step_s
+
+
+def test_resident_layers_are_spread_and_move_less(small_cost: StepCost) -> None:
+    fixed = {"micro_batch_size": 4, "boundaries": "vram", "embedding_and_head": "vram"}
+    none = plan(small_cost, 4 * GIB, num_resident=0, **fixed)
+    two = plan(small_cost, 4 * GIB, num_resident=2, **fixed)
+    every = plan(small_cost, 4 * GIB, **fixed)
+
+    assert two.resident_layers == (2, 6)
+    assert two.vram_bytes - none.vram_bytes == two.resident_bytes
+    assert two.h2d_bytes < none.h2d_bytes
+    assert (every.tier, every.h2d_bytes, len(every.resident_layers)) == ("vram", 0, 8)
+
+
+def test_auto_leaves_room_for_the_context_and_head_room(small_cost: StepCost) -> None:
+    planned = best_plan(small_cost, LemaConfig(), dataclasses.replace(PLENTY, vram_bytes=GIB // 2 + 60 * MIB))
+
+    assert planned.vram_bytes <= 60 * MIB
+
+
+def test_boundaries_in_ram_take_a_ring_of_vram_and_their_own_bytes_of_ram(small_cost: StepCost) -> None:
+    fixed = {"micro_batch_size": 4, "embedding_and_head": "vram"}
+    here, there = (plan(small_cost, "min", boundaries=place, **fixed) for place in ("vram", "ram"))
+    hidden_bytes = 4 * 64 * 256 * 2
+
+    assert there.host.boundary_bytes == 8 * hidden_bytes
+    assert there.h2d_bytes - here.h2d_bytes == 8 * hidden_bytes
+    backward = next(phase for phase in there.phases if phase.name.startswith("backward"))
+    assert backward.boundary_bytes == 3 * hidden_bytes
+    assert backward.name == "backward of layer 0", "gradients of the layers above are all there"
+
+
+def test_layers_that_do_not_fit_ram_stay_in_their_files(small_cost: StepCost) -> None:
+    layers_bytes = sum(small_cost.tensors.layer_bytes.values())
+    options = dataclasses.replace(PLENTY, boundaries="vram", embedding_and_head="vram")
+    ram = best_plan(small_cost, LemaConfig(vram_budget="min", ram_budget=layers_bytes), options)
+    disk = best_plan(small_cost, LemaConfig(vram_budget="min", ram_budget="min"), options)
+
+    assert (ram.tier, ram.host.slab_bytes, ram.host.file_backed_bytes) == ("ram", layers_bytes, 0)
+    assert (disk.tier, disk.host.slab_bytes, disk.host.file_backed_bytes) == ("disk", 0, layers_bytes)
+    assert disk.host.page_locked_bytes == disk.host.ring_bytes == 64 * MIB
+    with pytest.raises(ValueError, match="RAM budget"):
+        best_plan(small_cost, LemaConfig(vram_budget="min", ram_budget=layers_bytes - 1), options)
+
+
+def test_processes_share_the_slab_and_not_their_boundaries(small_cost: StepCost) -> None:
+    one = plan(small_cost, "min", boundaries="ram", embedding_and_head="vram")
+    ram_bytes = one.host.slab_bytes + 2 * one.host.boundary_bytes
+    config = LemaConfig(vram_budget="min", ram_budget=ram_bytes)
+    options = dataclasses.replace(PLENTY, boundaries="ram", embedding_and_head="vram")
+
+    assert best_plan(small_cost, config, dataclasses.replace(options, num_processes=2)).boundaries == "ram"
+    with pytest.raises(ValueError, match="RAM budget"):
+        best_plan(small_cost, config, dataclasses.replace(options, num_processes=3))
+
+
+def test_gradients_are_there_from_the_start_where_they_accumulate(small_cost: StepCost) -> None:
+    accumulating = small_cost.at(SLOW_BUS)
+    accumulating.options = PlanOptions(gradient_accumulation_steps=2)
+    once, twice = (
+        cost.phases(cost.streamed_visits(4), cost.ends(True), in_ring=False)[0] for cost in (small_cost, accumulating)
+    )
+
+    assert (once.name, once.gradient_bytes) == ("forward of layer 7", 0)
+    assert (twice.name, twice.gradient_bytes) == ("forward of layer 7", small_cost.tensors.adapter_bytes)
+
+
+def test_layers_below_the_lowest_adapter_keep_nothing() -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], layers_to_transform=[6, 7], task_type="CAUSAL_LM")
+    cost = StepCost(SMALL, 2, 64, config, SLOW_BUS, PLENTY)
+
+    assert cost.lowest == 6
+    assert cost.streamed_visits(2).boundary_bytes(cost.lowest) == 2 * (2 * 64 * 256 * 2)
+
+
+# ---- names, files, errors ----
+
+
+def test_folder_with_a_configuration_alone_can_be_planned(tmp_path: Path) -> None:
+    SMALL.save_pretrained(tmp_path)
+    by_folder = plan_stock(
+        str(tmp_path), batch_size=1, seq_len=32, lora=ADAPTER, options=PlanOptions(dtype=torch.float16)
+    )
+    by_config = plan_stock(SMALL, batch_size=1, seq_len=32, lora=ADAPTER, options=PlanOptions(dtype=torch.float16))
+
+    assert dataclasses.replace(by_folder, model="") == dataclasses.replace(by_config, model="")
+
+
+def test_dtype_of_a_folder_without_one_in_its_configuration_is_that_of_its_files(tmp_path: Path) -> None:
+    build(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps(fields))
+
+    assert draw(str(tmp_path)).dtype is torch.bfloat16
+
+
+def test_wrong_numbers_and_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        plan_memory(SMALL, batch_size=0, seq_len=16)
+    with pytest.raises(ValueError, match="quantization"):
+        PlanOptions(quantization="int3")
+    with pytest.raises(ValueError, match=r"no data-sheet rates for 'Voodoo'.*P100"):
+        find_rates("Voodoo")
+    assert find_rates("rtx-4090") is DATA_SHEETS["RTX 4090"]
+
+
+def test_model_that_computes_by_the_values_of_its_tensors_is_refused_with_the_reason() -> None:
+    lm: Any = draw(build()).lm
+    layer_class = type(lm.model.layers[0])
+    original = layer_class.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(self, hidden_states, *args, **kwargs) if bool(hidden_states.sum() > 0) else hidden_states
+
+    for layer in lm.model.layers:
+        layer.__class__ = type("DecidingLayer", (layer_class,), {"forward": forward})
+    with pytest.raises(ValueError, match="decides by the values"):
+        Rehearsal(lm, precision=None, has_flash=False).streamed_visit(0, 1, 8, 0)
+
+
+# ---- rates ----
+
+
+def test_work_takes_the_longest_of_arithmetic_memory_and_starts() -> None:
+    rates = DeviceRates(
+        name="x",
+        origin="measured",
+        capability=(8, 0),
+        vram_bytes=GIB,
+        h2d_bytes_per_s=1.0,
+        duplex_bytes_per_s=1.0,
+        vram_read_write_bytes_per_s=10.0,
+        half_flop_per_s=100.0,
+        float_flop_per_s=50.0,
+        kernel_start_s=1.0,
+    )
+
+    def seconds(num_flops: int, num_bytes: int, is_half: bool, count: int = 1) -> float:
+        kernels = Kernels(num_flops=num_flops, num_bytes=num_bytes, is_half=is_half, count=count)
+        return rates.compute_s([kernels])
+
+    assert seconds(1000, 10, True) == 10.0
+    assert seconds(1000, 10, False) == 20.0
+    assert seconds(1000, 1000, True) == 100.0
+    assert seconds(1, 1, True, count=7) == 7.0
+
+
+def test_two_way_traffic_takes_longer_than_one_way(small_cost: StepCost) -> None:
+    cost = small_cost.at(dataclasses.replace(SLOW_BUS, h2d_bytes_per_s=10.0, duplex_bytes_per_s=5.0))
+
+    assert cost.moving_s(100, 0, False) == 10.0
+    assert cost.moving_s(100, 50, False) == 50 / 5 + 50 / 10
+    with pytest.raises(ValueError, match="attention kernels"):
+        small_cost.at(DATA_SHEETS["H100"])
+
+
+@pytest.mark.gpu
+def test_measured_rates_are_of_this_card() -> None:
+    rates = measure_rates(torch.device("cuda", 0))
+
+    assert rates.capability == torch.cuda.get_device_capability(0)
+    assert 1e9 < rates.h2d_bytes_per_s < 2e11
+    assert rates.half_flop_per_s > rates.float_flop_per_s > 1e12
+    assert 1e-6 < rates.kernel_start_s < 1e-3
+
+
+# ---- text and JSON ----
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Any:
+    """A card that is too small for all three."""
+    return compare_plans(SMALL, batch_size=2, seq_len=64, vram_bytes=GIB + 24 * MIB, ram_bytes=8 * GIB, lora=ADAPTER)
+
+
+def test_table_names_every_place_that_memory_goes_and_adds_up(comparison: Any) -> None:
+    text = format_comparison(comparison)
+
+    assert all(word in text for word in ("LEMA", "stock PEFT", "QLoRA", "slots", "activations", "optimizer", "step"))
+    assert [line.split("  ")[0] for line in format_plans(comparison.plans).splitlines()][1] == "slots"
+    for planned in comparison.plans:
+        parts = [
+            planned.slots_bytes, planned.resident_bytes, planned.embedding_bytes, planned.head_bytes,
+            planned.other_bytes, planned.adapter_bytes, planned.optimizer_bytes, planned.workspace_bytes,
+            planned.peak.boundary_bytes, planned.peak.gradient_bytes, planned.peak.activation_bytes,
+        ]  # fmt: skip
+        assert planned.vram_bytes == sum(parts)
+
+
+def test_json_holds_the_same_figures(comparison: Any) -> None:
+    read = json.loads(json.dumps(comparison_as_dict(comparison)))
+
+    assert [p["vram_bytes"] for p in read["plans"]] == [p.vram_bytes for p in comparison.plans]
+    assert [p["step_s"] for p in read["plans"]] == [p.time.step_s for p in comparison.plans]
+    assert json.loads(json.dumps(plan_as_dict(comparison.plans[0])))["peak_phase"] == comparison.plans[0].peak.name
+
+
+def test_what_does_not_fit_comes_with_what_to_change(comparison: Any) -> None:
+    assert comparison.fits == (False, False, False)
+    assert len(comparison.advice) == 3
+    assert "the least that works is" in comparison.advice[0]
+    assert all("no batch size fits" in text for text in comparison.advice[1:])
+
+
+def test_stock_run_that_is_too_large_is_told_the_batch_that_fits() -> None:
+    cost = StepCost(SMALL, 2, 128, ADAPTER, SLOW_BUS, PlanOptions(dtype=torch.float16))
+    one, two = (stock_plan(cost.at(SLOW_BUS, size), is_checkpointed=True) for size in (1, 2))
+
+    text = _advice(two, one.vram_bytes, cost)
+
+    assert text == "stock PEFT: fits with per_device_train_batch_size=1."
