@@ -168,8 +168,9 @@ def _put_on(lm: PreTrainedModel, configs: dict[str, Any]) -> None:
 
 def _draw_built(model: nn.Module, lora: LoraConfig | int | None) -> Blueprint:
     """The same classes and configurations again on meta, then the built model's dtypes and flags."""
-    peft_configs: dict[str, PeftConfig] = model.peft_config if isinstance(model, PeftModel) else {}
     built: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # PEFT leaves its configurations on the model that it puts adapters into.
+    peft_configs: dict[str, PeftConfig] = built.__dict__.get("peft_config") or {}
     if not isinstance(built, PreTrainedModel):
         raise ValueError(f"expected a transformers model or a PeftModel around one, got {type(built).__name__}")
     runtime = built.__dict__.get("_lema_runtime")  # of a wrapped model, whose class is not the plain one
@@ -186,7 +187,7 @@ def _draw_built(model: nn.Module, lora: LoraConfig | int | None) -> Blueprint:
     if all(parameter.requires_grad for parameter in own.values()):
         own = {}  # wrapping freezes such a model
     for name, parameter in lm.named_parameters():
-        if name in own:
+        if name in own and own[name].shape == parameter.shape:  # a weight of 4 bits has another one
             on_meta = torch.empty(own[name].shape, dtype=own[name].dtype, device="meta")
             flag = own[name].requires_grad
             if parameter.dtype != on_meta.dtype or parameter.requires_grad != flag:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -133,6 +133,24 @@ def find_rates(name: str) -> DeviceRates:
     if wanted not in by_name:
         raise ValueError(f"no data-sheet rates for {name!r}; there are {', '.join(DATA_SHEETS)}")
     return by_name[wanted]
+
+
+def rates_of(device: torch.device) -> DeviceRates:
+    """Data-sheet rates of the card that is there, or of the known one that is nearest by compute capability.
+
+    Takes no time; enough to compare ways to run a step, not to tell its seconds.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    named = [rates for key, rates in DATA_SHEETS.items() if key in properties.name]
+    capability = (properties.major, properties.minor)
+    older = [rates for rates in DATA_SHEETS.values() if rates.capability <= capability]
+    nearest = max(older or DATA_SHEETS.values(), key=lambda rates: rates.capability)
+    return replace(
+        named[-1] if named else nearest,
+        name=properties.name,
+        capability=capability,
+        vram_bytes=properties.total_memory,
+    )
 
 
 def measure_rates(device: torch.device, disk_bytes_per_s: float = 1e9) -> DeviceRates:

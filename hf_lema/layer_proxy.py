@@ -108,7 +108,7 @@ class ProxyState:
 
     Attributes:
         has_trained: Whether a backward has visited the layer.
-        on_sweep: Called with the hidden states before a training visit (set on the first layer).
+        on_sweep: Called with batch size and sequence length before a training visit (set on the first layer).
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ProxyState:
         self._options = options
         self.has_trained = False
         self._was_visited = False
-        self.on_sweep: Callable[[int], None] | None = None
+        self.on_sweep: Callable[[int, int], None] | None = None
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
         parameters = inspect.signature(self.plain_class.forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
@@ -316,7 +316,7 @@ class ProxyState:
         trainables = [entry for entry in own if entry[2].requires_grad] if torch.is_grad_enabled() else []
         hidden = args[0]
         if self.on_sweep is not None and torch.is_grad_enabled():
-            self.on_sweep(hidden.shape[:-1].numel())
+            self.on_sweep(hidden.shape[0], hidden.shape[:-1].numel() // max(1, hidden.shape[0]))
         if not (torch.is_grad_enabled() and (trainables or hidden.requires_grad)):
             with self.weights(Direction.FORWARD):
                 return self.call_plain(*args, **kwargs)

@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_lema.choices import StepChoices
+
 Place = Literal["vram", "ram"]
 
 
@@ -119,6 +121,7 @@ class MemoryPlan:
         batch_size: Sequences of a step.
         seq_len: Tokens of each.
         micro_batch_size: Sequences that a layer computes on at a time.
+        tile_tokens: Tokens on which the token-wise part of a layer computes at a time; 0 for all.
         resident_layers: Layers that stay in VRAM.
         num_layers: Layers of the model.
         tier: Where streamed layers rest: ``"ram"``, ``"disk"``, or ``"vram"`` where none is streamed.
@@ -144,6 +147,7 @@ class MemoryPlan:
     batch_size: int
     seq_len: int
     micro_batch_size: int
+    tile_tokens: int
     resident_layers: tuple[int, ...]
     num_layers: int
     tier: str
@@ -162,6 +166,17 @@ class MemoryPlan:
     host: HostBytes
     h2d_bytes: int
     time: StepTime
+
+    @property
+    def choices(self) -> StepChoices:
+        """What the plan decides, for ``LemaConfig(choices=...)``."""
+        return StepChoices(
+            micro_batch_size=self.micro_batch_size if self.micro_batch_size < self.batch_size else 0,
+            tile_tokens=self.tile_tokens,
+            boundaries_in_ram=self.boundaries == "ram",
+            outside_in_ram=self.embedding_and_head == "ram",
+            resident_layers=self.resident_layers,
+        )
 
     @property
     def always_bytes(self) -> int:

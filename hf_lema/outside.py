@@ -26,6 +26,9 @@ from hf_lema.host_memory import PAGE_LOCK_ADVICE, HostBuffer, device_view, tenso
 from hf_lema.layout import align_up
 from hf_lema.units import format_bytes
 
+MIN_PIECE_BYTES = 64 * 2**20
+"""Smallest piece in which a head in host memory comes to the device, however small the layers are."""
+
 
 class OutsideWeights:
     """The input embedding and the output head of a language model.
@@ -169,7 +172,8 @@ class OutsideWeights:
         """Has the head give the logits of its first row only, for a forward whose logits nobody wants."""
         head: Any = self._head
         bias = head._parameters.get("bias")
-        with self._registered(head._parameters["weight"].data[:1], None if bias is None else bias[:1]):
+        # A copy: the weights may move back to the device while it is registered.
+        with self._registered(head._parameters["weight"].data[:1].clone(), None if bias is None else bias[:1]):
             yield
 
     def _fetch(self, weight: nn.Parameter, begin: int, end: int) -> tuple[torch.Tensor, Any]:
@@ -201,6 +205,10 @@ class OutsideWeights:
     def _head_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The head's forward, for whoever calls it outside the loss: generation, evaluation with logits."""
         head: Any = self._head
+        if not self.on_host:  # moved back while a part was registered
+            head.__dict__.pop("forward", None)
+            plain: torch.Tensor = type(head).forward(head, *args, **kwargs)
+            return plain
         if head._parameters["weight"].requires_grad:  # unfrozen after it was moved: it trains on the device
             self.move_to_device()
             trained: torch.Tensor = type(head).forward(head, *args, **kwargs)

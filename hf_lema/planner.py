@@ -7,6 +7,7 @@ Responsibility: `plan_memory` for a streamed model, `plan_stock` for stock PEFT 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,15 @@ from hf_lema.host_memory import available_host_bytes
 from hf_lema.host_store import MAX_RING_BYTES, WINDOW_BYTES
 from hf_lema.memory_plan import HostBytes, MemoryPlan, Place, StepTime
 from hf_lema.meter import allocated_bytes
+from hf_lema.outside import MIN_PIECE_BYTES
 from hf_lema.placement import RAM_HEAD_ROOM_BYTES
 from hf_lema.residency import HEAD_ROOM_BYTES
 from hf_lema.schedule import spread_evenly, transfers_per_step
 from hf_lema.step_cost import PlanOptions, StepCost, VisitCosts
 from hf_lema.units import format_bytes
+
+TILE_TOKENS = 4096
+"""Tokens of a tile, where one sequence is longer: large enough for matrix products at full rate."""
 
 MAX_MIN_SLOWDOWN = 1.2
 """Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
@@ -36,6 +41,7 @@ Model = str | Path | PretrainedConfig | nn.Module
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
     micro_batch_size: int
+    tile_tokens: int
     boundaries: Place
     embedding_and_head: Place
 
@@ -71,6 +77,8 @@ def plan_memory(
     config, options = config or LemaConfig(), options or PlanOptions()
     if config.micro_batch_size and options.micro_batch_size is None:
         options = replace(options, micro_batch_size=config.micro_batch_size)
+    if config.quantization and options.quantization is None:
+        options = replace(options, quantization=config.quantization, double_quantization=config.double_quantization)
     cost = StepCost(model, batch_size, seq_len, lora, rates or DATA_SHEETS["H100"], options)
     return best_plan(cost, config, options)
 
@@ -130,6 +138,7 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
         batch_size=cost.batch_size,
         seq_len=cost.seq_len,
         micro_batch_size=cost.batch_size,
+        tile_tokens=0,
         resident_layers=tuple(range(cost.num_layers)),
         num_layers=cost.num_layers,
         tier="vram",
@@ -203,10 +212,13 @@ class _Search:
         if self._options.micro_batch_size:
             sizes = [min(self._options.micro_batch_size, self._cost.batch_size)]
         places: tuple[Place, ...] = ("vram", "ram")
-        for size in sizes:
-            for boundaries in places if self._options.boundaries is None else (self._options.boundaries,):
-                for ends in places if self._options.embedding_and_head is None else (self._options.embedding_and_head,):
-                    yield _Choice(micro_batch_size=size, boundaries=boundaries, embedding_and_head=ends)
+        boundaries = places if self._options.boundaries is None else (self._options.boundaries,)
+        ends = places if self._options.embedding_and_head is None else (self._options.embedding_and_head,)
+        cuts = [(size, 0) for size in sizes]
+        if sizes[-1] == 1 and self._cost.seq_len > TILE_TOKENS:
+            cuts.append((1, TILE_TOKENS))
+        for (size, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
+            yield _Choice(micro_batch_size=size, tile_tokens=tile_tokens, boundaries=boundary, embedding_and_head=end)
 
     def _filled(self, plan: MemoryPlan, budget_bytes: int) -> MemoryPlan:
         """The same way to run with as many resident layers as the budget holds."""
@@ -215,6 +227,7 @@ class _Search:
             num_resident = min(num_resident, self._options.num_resident)
         choice = _Choice(
             micro_batch_size=plan.micro_batch_size,
+            tile_tokens=plan.tile_tokens,
             boundaries=plan.boundaries,
             embedding_and_head=plan.embedding_and_head,
         )
@@ -259,7 +272,7 @@ class _Search:
 
     def _plan(self, choice: _Choice, num_resident: int) -> MemoryPlan:
         cost, tensors = self._cost, self._cost.tensors
-        visits, ends = cost.streamed_visits(choice.micro_batch_size), cost.ends(True)
+        visits, ends = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens), cost.ends(True)
         ends_in_ram = choice.embedding_and_head == "ram"
         resident = tuple(self._layers[i] for i in spread_evenly(num_resident, len(self._layers)))
         num_streamed = len(self._layers) - num_resident
@@ -271,6 +284,7 @@ class _Search:
             batch_size=cost.batch_size,
             seq_len=cost.seq_len,
             micro_batch_size=choice.micro_batch_size,
+            tile_tokens=choice.tile_tokens,
             resident_layers=resident,
             num_layers=cost.num_layers,
             tier="vram" if not num_streamed else "disk" if self._is_disk else "ram",
@@ -284,12 +298,23 @@ class _Search:
             adapter_bytes=tensors.adapter_bytes,
             optimizer_bytes=cost.optimizer_bytes,
             workspace_bytes=cost.rates.workspace_bytes,
-            phases=cost.phases(visits, ends, in_ring=choice.boundaries == "ram"),
+            phases=cost.phases(
+                visits,
+                ends,
+                in_ring=choice.boundaries == "ram",
+                head_piece_bytes=self._head_piece_bytes() if ends_in_ram else 0,
+            ),
             context_bytes=cost.rates.context_bytes,
             host=host,
             h2d_bytes=h2d_bytes,
             time=time,
         )
+
+    def _head_piece_bytes(self) -> int:
+        """Pieces of the head that are on the device at once: one, or one that computes and one that arrives."""
+        tensors = self._cost.tensors
+        whole_bytes = tensors.head_bytes or tensors.embedding_bytes
+        return min(whole_bytes, 2 * max(self._layer_bytes, MIN_PIECE_BYTES))
 
     def _host(self, visits: VisitCosts, choice: _Choice) -> HostBytes:
         tensors = self._cost.tensors

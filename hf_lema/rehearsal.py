@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class _Sweep:
     arguments: list[dict[str, Any]]
     embedded: torch.Tensor
     outputs: dict[type[nn.Module], Any]
+
+
+class UnplannableError(ValueError):
+    """A model whose memory cannot be known without running it."""
 
 
 class Rehearsal:
@@ -222,17 +227,23 @@ class Rehearsal:
         """Operators make tensors without data inside the block.
 
         Raises:
-            ValueError: The model's code looks at values.
+            UnplannableError: The model's code looks at values.
         """
+        # What torch logs before it raises is said by the error.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
         try:
             with self._mode:
                 yield
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
+            raise UnplannableError(
                 f"{type(self._lm).__name__} decides by the values of its tensors what to compute ({error.func}); its "
                 "memory cannot be planned without running it. For a mixture of experts try another "
                 'experts_implementation, such as "grouped_mm"; else train a few steps and look at the telemetry'
             ) from error
+        finally:
+            log.setLevel(level)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

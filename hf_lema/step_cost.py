@@ -22,8 +22,8 @@ from hf_lema.memory_plan import Phase, Place
 from hf_lema.meter import allocated_bytes
 from hf_lema.rehearsal import PartCost, Rehearsal
 
-NUM_BOUNDARY_SLOTS = 3
-"""Boundary activations that the ring in VRAM holds: one computes, one arrives or leaves, one waits."""
+NUM_BOUNDARY_SLOTS = 2
+"""Device buffers through which boundary activations return: one computes, one arrives. They stay from step to step."""
 
 _OPTIMIZER_PASSES = 12
 """Reads and writes of each trainable number in an update: unscaling and clipping 5, fused AdamW 7."""
@@ -178,15 +178,18 @@ class StepCost:
 
     # ---- visits ----
 
-    def _streamed_visits(self, micro_batch_size: int) -> VisitCosts:
-        """Visits in micro-batches.
+    def _streamed_visits(self, micro_batch_size: int, tile_tokens: int = 0) -> VisitCosts:
+        """Visits in micro-batches and tiles.
 
         At most two pieces are rehearsed. More of them are that work over again, and longer tensors of the whole batch:
         the output in the forward, the input's gradient in the backward.
         """
         num_rehearsed = min(2 * micro_batch_size, self.batch_size)
         size = micro_batch_size if micro_batch_size < self.batch_size else 0
-        costs = [self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size) for i in range(self.num_layers)]
+        costs = [
+            self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, tile_tokens)
+            for i in range(self.num_layers)
+        ]
         repeats = -(-self.batch_size // micro_batch_size) / -(-num_rehearsed // micro_batch_size)
         return self._visits(costs, num_rehearsed, repeats)
 
@@ -215,13 +218,14 @@ class StepCost:
 
     # ---- memory ----
 
-    def phases(self, visits: VisitCosts, ends: PartCost, in_ring: bool) -> tuple[Phase, ...]:
+    def phases(self, visits: VisitCosts, ends: PartCost, in_ring: bool, head_piece_bytes: int = 0) -> tuple[Phase, ...]:
         """The moments at which the step may peak; of the layers' forwards and backwards the largest each.
 
         Args:
             visits: The layers.
             ends: What comes before and after them.
             in_ring: Whether boundary activations wait in RAM and pass through a ring in VRAM.
+            head_piece_bytes: Pieces of a head in RAM that are on the device at once.
         """
         adapters = self.tensors.layer_adapter_bytes
         every_bytes = self.tensors.adapter_bytes
@@ -242,9 +246,11 @@ class StepCost:
         ]
         loss = Phase(
             name="loss",
-            boundary_bytes=ring_bytes + visits.output_bytes[-1] if in_ring else below[-1],
+            # The last layer's input is still leaving.
+            boundary_bytes=ring_bytes + 2 * visits.output_bytes[-1] if in_ring else below[-1],
             gradient_bytes=max(early_bytes, outside_bytes),
-            activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes),
+            activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes)
+            + head_piece_bytes,
         )
         backward = [
             Phase(

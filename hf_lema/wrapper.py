@@ -6,8 +6,12 @@ Responsibility: `LemaModelWrapper`, and how to find the runtime behind any wrapp
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_lema.boundaries import Boundaries
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
+from hf_lema.device_rates import rates_of
 from hf_lema.layer_proxy import (
     COPY_MESSAGE,
     LayerProxy,
@@ -31,7 +36,7 @@ from hf_lema.loading import build_skeleton, find_decoder_layers
 from hf_lema.loss import ChunkedLoss
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.micro_batch import MicroBatches
-from hf_lema.outside import OutsideWeights
+from hf_lema.outside import MIN_PIECE_BYTES, OutsideWeights
 from hf_lema.packing import given_pack
 from hf_lema.placement import (
     choose_store,
@@ -41,19 +46,21 @@ from hf_lema.placement import (
     pack_linears,
     streamed_tensors,
 )
+from hf_lema.planner import best_plan
 from hf_lema.recompute import VisitOptions
+from hf_lema.rehearsal import UnplannableError
 from hf_lema.residency import VramBudget
+from hf_lema.step_cost import PlanOptions, StepCost
 from hf_lema.streamer import LayerStreamer
 from hf_lema.token_tiles import TokenTiles
+
+logger = logging.getLogger(__name__)
 
 DATA_PARALLEL_MESSAGE = (
     "several GPUs are visible and there is no launcher: Trainer would use torch.nn.DataParallel, which copies the "
     "model to every GPU and cannot stream it. Make one GPU visible (CUDA_VISIBLE_DEVICES=0), or launch one process a "
     "GPU (accelerate launch, torchrun)"
 )
-
-MIN_PIECE_BYTES = 64 * 2**20
-"""Smallest piece in which a head in host memory comes to the device, however small the layers are."""
 
 
 class LemaModelWrapper(nn.Module):
@@ -298,6 +305,9 @@ class _Runtime:
         self.loss = ChunkedLoss(lm, self.plain_class.forward, self.outside)
         streamer.own(options.boundaries)
         streamer.own(self.outside)
+        self._lm = weakref.ref(lm)
+        self._is_packed = getattr(lm, "is_loaded_in_4bit", False)
+        self._costs: dict[str, Any] = {}  # of the last shape that was planned
         self._lm_buffers_and_parameters: Callable[[], Iterator[torch.Tensor]] = lambda: iter(
             [*lm.parameters(), *lm.buffers()]
         )
@@ -321,12 +331,42 @@ class _Runtime:
             for tensor in self._lm_buffers_and_parameters()
             if id(tensor) not in streamed
         )
-        self.budget = VramBudget(self.config, self.streamer, other_bytes)
+        self.budget = VramBudget(self.config, self.streamer, other_bytes, self.outside.nbytes, self._plan, self.apply)
         if self.config.choices is not None:
             self.apply(self.config.choices)
             return
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
+
+    def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
+        """How to run within so many bytes of VRAM; whole batches with everything there where that cannot be planned."""
+        config = replace(self.config, vram_budget="min" if budget_bytes is None else max(1, budget_bytes))
+        options = PlanOptions(
+            micro_batch_size=config.micro_batch_size or None,
+            quantization="nf4" if self._is_packed else None,
+            double_quantization=config.double_quantization,
+        )
+        try:
+            if self._costs.get("shape") != (batch_size, seq_len):
+                self._costs = {"shape": (batch_size, seq_len), "cost": self._cost(batch_size, seq_len, options)}
+            plan = best_plan(self._costs["cost"], config, options)
+        except (UnplannableError, RuntimeError, NotImplementedError) as error:
+            # Any operator may refuse tensors without data; the step itself needs no plan.
+            warnings.warn(
+                f"steps of {batch_size} x {seq_len} tokens cannot be planned ({error}); they run on the whole batch, "
+                "and layers become resident by what is measured",
+                stacklevel=2,
+            )
+            return StepChoices(micro_batch_size=self.config.micro_batch_size)
+        logger.info("planned for %d x %d tokens: %s", batch_size, seq_len, plan)
+        return plan.choices
+
+    def _cost(self, batch_size: int, seq_len: int, options: PlanOptions) -> StepCost:
+        """What a step takes, counted anew; the step that is about to begin must not notice."""
+        lm = self._lm()
+        assert lm is not None
+        with torch.random.fork_rng(devices=[]):
+            return StepCost(lm, batch_size, seq_len, None, rates_of(self.streamer.device), options)
 
     def streamed_parameters(self) -> list[torch.Tensor]:
         """Every registered tensor that is at rest on the host."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import (
     ARCHITECTURES,
+    NUM_LAYERS,
     ORDERS,
     STOCK,
     assert_same_run,
@@ -24,7 +25,9 @@ from models import (
     train,
 )
 
+from hf_lema import LemaConfig
 from hf_lema.choices import StepChoices
+from hf_lema.device_rates import DATA_SHEETS
 from hf_lema.wrapper import apply_choices, find_streamer
 
 pytestmark = pytest.mark.integration
@@ -147,3 +150,31 @@ def test_close_gives_back_what_the_choices_took() -> None:
     streamer.close()
     assert not runtime.outside.on_host
     assert runtime.options.boundaries.device_bytes == 0
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
+    quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_lema.wrapper.rates_of", lambda device: DATA_SHEETS["T4"])
+    base = build("llama", dtype=torch.float16)
+    with closing(prepare(ORDERS[0], base, config=LemaConfig(quantization=quantization))) as model:
+        runtime = model.get_base_model().__dict__["_lema_runtime"]
+        before = torch.get_rng_state()
+        least = runtime._plan(4, 16, None)
+        assert least.outside_in_ram
+        assert not least.resident_layers
+        assert runtime._plan(4, 16, 2**30) == StepChoices(resident_layers=tuple(range(NUM_LAYERS)))
+        with pytest.raises(ValueError, match="least that works"):
+            runtime._plan(4, 16, 2**20)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_cannot_be_planned_says_so_and_runs_on_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lema.wrapper.rates_of", lambda device: DATA_SHEETS["T4"])
+    base = build("mixtral", dtype=torch.float16, num_layers=1)
+    base.config._experts_implementation = "eager"  # which experts compute depends on values
+    with closing(prepare(ORDERS[0], base, lora("mixtral"))) as model:
+        with pytest.warns(UserWarning, match="cannot be planned"):
+            choices = model.get_base_model().__dict__["_lema_runtime"]._plan(2, 8, None)
+        assert choices == StepChoices()

@@ -6,12 +6,14 @@ import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
 from hf_lema.residency import HEAD_ROOM_BYTES, VramBudget, free_vram_bytes
 from hf_lema.schedule import spread_evenly
@@ -87,8 +89,43 @@ def update() -> None:
     torch.optim.SGD([parameter], lr=0.1).step()
 
 
-def make_budget(streamer: FakeStreamer, other_bytes: int = GIB // 2, **config: Any) -> VramBudget:
-    budget = VramBudget(LemaConfig(**config), streamer, other_bytes)  # type: ignore[arg-type]
+class FakePlanner:
+    """Ways to run with the bytes that each takes, and a record of what was asked and applied."""
+
+    def __init__(self, streamer: FakeStreamer, ways: dict[int, StepChoices] | None = None) -> None:
+        self.streamer = streamer
+        self.ways = ways or {0: StepChoices(resident_layers=(1, 2))}  # a plan's own residents are not taken over
+        self.asked: list[tuple[int, int, int | None]] = []
+        self.applied: list[StepChoices] = []
+
+    def plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
+        self.asked.append((batch_size, seq_len, budget_bytes))
+        fitting = [nbytes for nbytes in self.ways if budget_bytes is None or nbytes <= budget_bytes]
+        if not fitting:
+            raise ValueError(f"the least that works is {min(self.ways)}")
+        return self.ways[min(fitting) if budget_bytes is None else max(fitting)]
+
+    def apply(self, choices: StepChoices) -> None:
+        self.applied.append(choices)
+        self.streamer.set_resident(choices.resident_layers)
+
+
+def make_budget(
+    streamer: FakeStreamer,
+    other_bytes: int = GIB // 2,
+    movable_bytes: int = 0,
+    planner: FakePlanner | None = None,
+    **config: Any,
+) -> VramBudget:
+    planner = planner or FakePlanner(streamer)
+    budget = VramBudget(
+        LemaConfig(**config),
+        streamer,
+        other_bytes,
+        movable_bytes,
+        planner.plan,
+        planner.apply,  # type: ignore[arg-type]
+    )
     budget.start()
     return budget
 
@@ -96,7 +133,7 @@ def make_budget(streamer: FakeStreamer, other_bytes: int = GIB // 2, **config: A
 def train(budget: VramBudget, num_steps: int = 1, num_tokens: int = 4096, accumulation: int = 1) -> None:
     for _ in range(num_steps):
         for _ in range(accumulation):
-            budget.before_training_step(num_tokens)
+            budget.before_training_step(num_tokens // 512, 512)
         update()
 
 
@@ -120,7 +157,7 @@ def test_a_budget_below_the_slots_and_the_resident_parts_is_refused_with_the_min
     with pytest.raises(ValueError, match="vram_budget") as caught:
         make_budget(FakeStreamer(), vram_budget="1GiB")
     text = str(caught.value)
-    for part in ("1.00 GiB", "1.28 GiB", "512.00 MiB outside", "2 slots of 400.00 MiB", "before activations"):
+    for part in ("1.00 GiB", "1.28 GiB", "512.00 MiB that cannot leave", "2 slots of 400.00 MiB", "before activations"):
         assert part in text, part
 
 
@@ -148,7 +185,7 @@ def test_min_keeps_nothing_resident(card: FakeCard) -> None:
     streamer = FakeStreamer()
     budget = make_budget(streamer, vram_budget="min")
     train(budget, 6)
-    assert streamer.calls == []
+    assert streamer.calls in ([], [()])
     assert budget.budget_bytes is None
 
 
@@ -156,7 +193,7 @@ def test_min_keeps_nothing_resident(card: FakeCard) -> None:
 def test_on_a_cpu_nothing_is_made_resident(vram_budget: str) -> None:
     streamer = FakeStreamer(device=torch.device("cpu"))
     train(make_budget(streamer, vram_budget=vram_budget), 6)
-    assert streamer.calls == []
+    assert streamer.calls in ([], [()])
 
 
 def test_auto_fills_what_is_free_less_head_room(card: FakeCard) -> None:
@@ -186,7 +223,7 @@ def test_nothing_is_resident_before_two_updates_were_measured(card: FakeCard) ->
     streamer = FakeStreamer()
     budget = make_budget(streamer, vram_budget="6GiB")
     for num_updates in range(4):
-        budget.before_training_step(4096)
+        budget.before_training_step(4096 // 512, 512)
         assert bool(streamer.resident_layers) == (num_updates >= 2), num_updates
         update()
 
@@ -196,7 +233,7 @@ def test_micro_batches_of_one_update_do_not_count_as_steps(card: FakeCard) -> No
     budget = make_budget(streamer, vram_budget="6GiB")
     train(budget, 2, accumulation=8)
     assert streamer.resident_layers == ()
-    budget.before_training_step(4096)
+    budget.before_training_step(4096 // 512, 512)
     assert streamer.resident_layers != ()
 
 
@@ -212,7 +249,7 @@ def test_a_larger_batch_sends_every_layer_back_and_is_measured_again(card: FakeC
     budget = make_budget(streamer, vram_budget="6GiB")
     train(budget, 3, num_tokens=1000)
     first = streamer.resident_layers
-    budget.before_training_step(1001)
+    budget.before_training_step(1, 1001)
     assert streamer.resident_layers == ()
     assert card.num_empties == 2, "the memory that they took is still reserved"
     update()
@@ -276,3 +313,87 @@ def test_a_budget_that_is_gone_counts_no_more(card: FakeCard) -> None:
     gc.collect()
     assert len(torch_optimizer._global_optimizer_post_hooks) == before
     update()
+
+
+# ---- plans ----
+
+WHOLE, HALVES, LEAST = (
+    StepChoices(),
+    StepChoices(micro_batch_size=4),
+    StepChoices(micro_batch_size=1, boundaries_in_ram=True, outside_in_ram=True),
+)
+
+
+def planner_of_three(streamer: FakeStreamer) -> FakePlanner:
+    return FakePlanner(streamer, {8 * GIB: WHOLE, 5 * GIB: HALVES, 2 * GIB: LEAST})
+
+
+def test_min_runs_as_the_least_plan_says(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    train(make_budget(streamer, planner=planner, vram_budget="min"), num_steps=4)
+    assert planner.asked == [(8, 512, None)]
+    assert planner.applied == [LEAST]
+
+
+def test_the_plan_of_a_stated_budget_comes_first_and_layers_fill_the_rest(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="6GiB")
+    train(budget)
+    assert planner.applied == [HALVES]
+    train(budget, num_steps=3)
+    resident = planner.applied[-1].resident_layers
+    assert planner.applied == [HALVES, replace(HALVES, resident_layers=resident)]
+    assert len(resident) == (6 * GIB - card.reserved_bytes) // (400 * MIB)
+
+
+def test_a_plan_that_takes_more_than_it_said_is_made_again_with_less(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="6GiB")
+    card.reserved_bytes = int(7.5 * GIB)  # 1.5 GiB too much: 4.5 GiB are planned with next
+    train(budget, num_steps=3)
+    assert planner.applied == [HALVES, LEAST]
+    card.reserved_bytes = 3 * GIB
+    train(budget, num_steps=3)
+    assert planner.applied[-1] == replace(LEAST, resident_layers=streamer.resident_layers)
+    assert len(streamer.resident_layers) == 7
+
+
+def test_a_stated_budget_in_which_nothing_fits_is_refused_at_the_first_step(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, planner=planner_of_three(streamer), vram_budget="1.9GiB")
+    with pytest.raises(ValueError, match="the least that works"):
+        budget.before_training_step(8, 512)
+
+
+def test_auto_runs_on_with_the_least_where_nothing_fits_and_says_so(card: FakeCard) -> None:
+    card.others_bytes = 14 * GIB
+    card.reserved_bytes = 0
+    card.allocated_bytes = 0
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    with pytest.warns(UserWarning, match="goes on with what takes least"):
+        make_budget(streamer, planner=planner).before_training_step(8, 512)
+    assert planner.applied == [LEAST]
+
+
+def test_a_longer_batch_is_planned_anew_with_the_whole_budget(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="9GiB")
+    card.reserved_bytes = 10 * GIB
+    train(budget, num_steps=3)
+    assert planner.applied[-1] == HALVES
+    card.reserved_bytes = 3 * GIB
+    train(budget, num_tokens=8192)
+    assert planner.asked[-1] == (16, 512, 9 * GIB)
+    assert planner.applied[-1] == WHOLE
+
+
+def test_embedding_and_head_do_not_count_in_the_minimum_since_they_can_leave(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    with pytest.raises(ValueError, match="least that works"):
+        make_budget(streamer, vram_budget="1GiB")
+    make_budget(streamer, movable_bytes=GIB // 2, vram_budget="1GiB")
