@@ -20,11 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_lema.checkpoint import CheckpointIndex
 from hf_lema.conversion import ConversionPlan, convert, plan_conversion, transformers_at_least
+from hf_lema.layer_tensors import NOTHING_PACKED, Packing, TensorReader
 from hf_lema.locating import ModelRequest, checkpoint_folder, load_config, model_on_meta, read_request
 from hf_lema.pack import PackIndex
 from hf_lema.packed_checkpoint import StoredMatrix, split_packed
 from hf_lema.packing import cached_pack, pack_folder, write_pack
-from hf_lema.source import NOTHING_PACKED, CheckpointSource, Packing, TensorReader
+from hf_lema.source import CheckpointSource
 from hf_lema.stock_quantizer import (
     make_quantizer,
     mark_as_packed,
@@ -146,20 +147,12 @@ def build_skeleton(
     wanted = _resolve_dtype(request, config, index)
     model = model_on_meta(request, config, model_kwargs, wanted)
     layers_path, layers = find_decoder_layers(model)
-    stored_config = config.to_dict().get("quantization_config")
     quantizer, packing = None, NOTHING_PACKED
+    stored_config = config.to_dict().get("quantization_config")
     if quantization is not None or stored_config is not None:
-        stored: dict[str, StoredMatrix] = {}
-        if stored_config is not None:
-            index, stored = split_packed(index)
+        index, stored = (index, {}) if stored_config is None else split_packed(index)
         quantizer = make_quantizer(wanted, double_quantization, stored_config)
-        originals = put_in_packed_linears(model, layers_path, quantizer)
-        packing = Packing(
-            matrices=matrices_of(originals, layers_path, wanted, double_quantization),
-            transposed=frozenset() if stored else transposed_weights(originals),
-            stored=stored,
-            device=torch.device(device),
-        )
+        packing = _pack_linears(model, layers_path, quantizer, stored, torch.device(device))
     plan = plan_conversion(model, index.tensors, wanted, request.key_mapping)
     if plan.unexpected:
         logger.warning(
@@ -185,6 +178,20 @@ def build_skeleton(
         source.close()
         raise
     return Skeleton(model=model, layers_path=layers_path, source=source)
+
+
+def _pack_linears(
+    model: PreTrainedModel, layers_path: str, quantizer: Any, stored: dict[str, StoredMatrix], device: torch.device
+) -> Packing:
+    """Puts bitsandbytes' linears into a model on meta, and says what their weights are made of."""
+    originals = put_in_packed_linears(model, layers_path, quantizer)
+    config = quantizer.quantization_config
+    return Packing(
+        matrices=matrices_of(originals, layers_path, config.bnb_4bit_compute_dtype, config.bnb_4bit_use_double_quant),
+        transposed=frozenset() if stored else transposed_weights(originals),
+        stored=stored,
+        device=device,
+    )
 
 
 def pack_model(

@@ -170,9 +170,10 @@ class LemaModelWrapper(nn.Module):
         _refuse_bf16_without_hardware(lm, target)
         _, layers = find_decoder_layers(lm)
         layouts = {layout.layer_idx: layout for layout in skeleton.source.layouts}
-        given = None if pack is None else given_pack(pack, skeleton.source)
-        store = choose_store(layouts, config, target, source=skeleton.source, pack=given)
-        places = fill_from_checkpoint(store, skeleton.source, layers, given)
+        with skeleton.source:
+            given = None if pack is None else given_pack(pack, skeleton.source)
+            store = choose_store(layouts, config, target, source=skeleton.source, pack=given)
+            places = fill_from_checkpoint(store, skeleton.source, layers, given)
         streamer = LayerStreamer(store, target, len(layers), config.num_slots)
         _assemble(lm, list(layers), places, streamer, config)
         try:

@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "loss": {"torch", "transformers"},
     "conversion": {"torch", "transformers", "packaging"},
     "stock_quantizer": {"torch", "transformers"},
+    "layer_tensors": {"torch", "transformers"},
     "source": {"torch", "transformers"},
     "packing": {"torch", "transformers"},
     "locating": {"torch", "transformers", "accelerate", "huggingface_hub"},

@@ -291,6 +291,17 @@ def test_pack_of_the_version_before_is_refused(tmp_path: Path, monkeypatch: pyte
 # ------------------------------------------------------------------------------------------------- wrapping, refusals
 
 
+@pytest.mark.parametrize("config", [NF4, NF4_ON_DISK], ids=["ram", "disk"])
+def test_value_that_does_not_fit_the_dtype_is_refused_by_name_and_leaves_nothing_behind(
+    full: Path, tmp_path: Path, pack_cache: Path, config: LemaConfig
+) -> None:
+    folder = Path(shutil.copytree(full, tmp_path / "own"))
+    rewrite(folder, lambda tensors: tensors[Q_PROJ].view(-1)[5:6].fill_(-1e6))
+    with pytest.raises(ValueError, match=rf"'{Q_PROJ}' holds 1 values that do not fit torch.float16: up to 1e\+06"):
+        streamed(folder, config, torch.float16)
+    assert not list(pack_cache.glob("*.safetensors"))
+
+
 def test_full_precision_model_with_an_adapter_is_not_packed(full: Path) -> None:
     model = adapt(AutoModelForCausalLM.from_pretrained(full))
     with pytest.raises(ValueError, match="wrap the base model with quantization='nf4' first, then get_peft_model"):
