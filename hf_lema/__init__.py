@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_lema.choices import StepChoices
     from hf_lema.config import LemaConfig
+    from hf_lema.merging import merge_and_save
     from hf_lema.streamer import LayerStreamer, StreamerStats
     from hf_lema.telemetry import MemoryTelemetryCallback
     from hf_lema.wrapper import LemaModelWrapper, get_streamer
@@ -25,6 +26,7 @@ _HOMES = {
     "StepChoices": "hf_lema.choices",
     "StreamerStats": "hf_lema.streamer",
     "get_streamer": "hf_lema.wrapper",
+    "merge_and_save": "hf_lema.merging",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "StepChoices",
     "StreamerStats",
     "get_streamer",
+    "merge_and_save",
 ]
 
 

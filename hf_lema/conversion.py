@@ -116,6 +116,24 @@ def convert(group: ConversionGroup, model: PreTrainedModel, read: ReadTensor) ->
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
+def revert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo the conversions of a model's tensors, as ``save_pretrained`` does.
+
+    Args:
+        model: Of the class that the tensors are of, with the list of used conversions that `plan_conversion` left.
+        tensors: Name in the model -> tensor; meta tensors give true names, shapes and dtypes, and cost nothing.
+
+    Returns:
+        Name in the file -> tensor, which may be a view of a given one.
+    """
+    if transformers_at_least("5"):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    fixed: Any = model._fix_state_dict_keys_on_save  # may go with support for transformers 4
+    return dict(fixed(dict(tensors)))
+
+
 def _plan_v5(
     model: PreTrainedModel,
     stored: Mapping[str, TensorLocation],

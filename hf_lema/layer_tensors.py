@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,10 @@ from transformers import PreTrainedModel
 from hf_lema.checkpoint import CheckpointIndex, FileSet, PackedMatrix
 from hf_lema.conversion import ConversionGroup, ConversionPlan, convert
 from hf_lema.packed_checkpoint import StoredMatrix
+from hf_lema.units import MIB
+
+PIECE_BYTES = 16 * MIB
+"""What is read at a time of a tensor that only passes through: large enough for a disk's full rate."""
 
 
 class TensorReader:
@@ -41,6 +45,33 @@ class TensorReader:
         memory = torch.empty(location.nbytes, dtype=torch.uint8)
         self.files.pread_into(location.path, location.offset_bytes, memory.numpy().data)
         return cast_checked(name, memory.view(location.dtype).view(location.shape), dtype)
+
+    def read_pieces(self, name: str, dtype: torch.dtype, max_piece_bytes: int) -> Iterator[torch.Tensor]:
+        """Read a tensor as consecutive flat pieces, cast; the memory of a piece is used again for the next.
+
+        Args:
+            name: Its name in the checkpoint.
+            dtype: What it is cast to.
+            max_piece_bytes: How much of the file is read at a time.
+
+        Raises:
+            ValueError: As for `read`.
+        """
+        location = self.index.tensors[name]
+        itemsize = location.dtype.itemsize
+        memory = torch.empty(min(location.nbytes, max(1, max_piece_bytes // itemsize) * itemsize), dtype=torch.uint8)
+        for begin in range(0, location.nbytes, max(1, len(memory))):
+            piece = memory[: location.nbytes - begin]
+            self.files.pread_into(location.path, location.offset_bytes + begin, piece.numpy().data)
+            yield cast_checked(name, piece.view(location.dtype), dtype)
+
+    def have_same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors of the checkpoint are the same in shape, dtype and every bit."""
+        one, other = self.index.tensors[first], self.index.tensors[second]
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return False
+        pieces = (self.read_pieces(name, one.dtype, PIECE_BYTES) for name in (first, second))
+        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(*pieces, strict=True))
 
     def read_meta(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """What `read` would give, without its values: a tensor on the meta device."""

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_lema.checkpoint import CheckpointIndex
 from hf_lema.conversion import ConversionPlan, convert, plan_conversion, transformers_at_least
 from hf_lema.layer_tensors import NOTHING_PACKED, Packing, TensorReader
-from hf_lema.locating import ModelRequest, checkpoint_folder, load_config, model_on_meta, read_request
+from hf_lema.locating import ModelRequest, checkpoint_folder, load_config, model_on_meta, parse_dtype, read_request
 from hf_lema.pack import PackIndex
 from hf_lema.packed_checkpoint import StoredMatrix, split_packed
 from hf_lema.packing import cached_pack, pack_folder, write_pack
@@ -57,11 +57,17 @@ class Skeleton:
             and dtypes that they will have; everything else, buffers included, is on the device.
         layers_path: Path of the list of decoder layers in the model, such as ``model.layers``.
         source: The decoder layers' bytes. Whoever has the skeleton owns it and closes it.
+        index: The checkpoint.
+        plan: How its tensors become the model's.
+        request: What was asked for.
     """
 
     model: PreTrainedModel
     layers_path: str
     source: CheckpointSource
+    index: CheckpointIndex
+    plan: ConversionPlan
+    request: ModelRequest
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -121,7 +127,7 @@ def build_skeleton(
     Args:
         name_or_path: A folder with ``config.json`` and safetensors files, or the id of a model on the hub.
         dtype: As for ``from_pretrained``; None and ``"auto"`` mean the checkpoint's own.
-        device: Where everything outside the decoder layers goes.
+        device: Where everything outside the decoder layers goes. On ``"meta"`` nothing is read.
         trust_remote_code: Whether to run model code that comes with the checkpoint.
         quantization: As in `LemaConfig`.
         double_quantization: As in `LemaConfig`.
@@ -177,7 +183,7 @@ def build_skeleton(
     except BaseException:
         source.close()
         raise
-    return Skeleton(model=model, layers_path=layers_path, source=source)
+    return Skeleton(model=model, layers_path=layers_path, source=source, index=index, plan=plan, request=request)
 
 
 def _pack_linears(
@@ -236,16 +242,7 @@ def _resolve_dtype(request: ModelRequest, config: Any, index: CheckpointIndex) -
     if wanted is None:
         floating = (location.dtype for location in index.tensors.values() if location.dtype.is_floating_point)
         wanted = next(floating, torch.get_default_dtype())
-    if isinstance(wanted, str):
-        named = vars(torch).get(wanted.removeprefix("torch."))
-        if not isinstance(named, torch.dtype):
-            raise ValueError(
-                f"dtype {wanted!r} is no torch dtype: expected torch.float16, 'bfloat16', 'auto' or the like"
-            )
-        wanted = named
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point or wanted.itemsize < 2:
-        raise ValueError(f"dtype {wanted!r}: expected torch.float16, torch.bfloat16, torch.float32 or their names")
-    return wanted
+    return parse_dtype(wanted)
 
 
 def _set_layer_dtypes(layers: nn.ModuleList, source: CheckpointSource) -> None:
@@ -285,31 +282,54 @@ def _load_outside(
         name for name, _ in model.named_parameters(remove_duplicate=False) if of_layer.match(name) is not None
     }
     missing = set(model.state_dict()) - layer_parameters
+    found: set[str] = set()
     reader = TensorReader(index)
+    read = reader.read_meta if device.type == "meta" else reader.read
     with reader.files, torch.no_grad():
         for group in plan.groups:
             if group.target in layer_parameters:
                 continue
-            for name, tensor in convert(group, model, reader.read).items():
+            for name, tensor in convert(group, model, read).items():
                 _place(model, name, tensor.to(device))
-                missing.discard(name)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                found.add(name)
+        missing -= found
+        if device.type == "meta":
+            missing |= _equal_twins(model, found, plan, reader)
+    if device.type != "meta":
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
     if transformers_at_least("5"):
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
     else:  # may go with support for transformers 4
         model.tie_weights()
-    placed = {name for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.is_meta}
-    lacking = sorted(name for name in missing - placed if name not in layer_parameters)
-    lacking += sorted(name for name, buffer in model.named_buffers() if buffer.is_meta and name not in lacking)
+    state = model.state_dict(keep_vars=True)
+    loaded = {id(state[name]) for name in found if name in state}
+    unplaced = {name for name, tensor in state.items() if tensor.is_meta and id(tensor) not in loaded}
+    lacking = sorted(unplaced - layer_parameters)
+    lacking += sorted(
+        name for name, buffer in model.named_buffers() if buffer.is_meta and name not in found and name not in lacking
+    )
     if lacking:
         raise ValueError(
             f"the checkpoint in {index.folder} lacks {len(lacking)} tensors of {type(model).__name__}: "
             f"{', '.join(lacking)}. from_pretrained would fill them with random numbers: if that is what you want, do "
             "it with transformers, save the model, and load the saved one"
         )
+
+
+def _equal_twins(model: PreTrainedModel, found: set[str], plan: ConversionPlan, reader: TensorReader) -> set[str]:
+    """Tensors that the checkpoint holds twice: transformers 5 ties them where the values say so, which meta cannot."""
+    if not transformers_at_least("5"):
+        return set()
+    plain = {group.target: group.sources[0] for group in plan.groups if group.converter is None}
+    pairs = [(twin, name) for twin, name in model.all_tied_weights_keys.items() if {twin, name} <= found]
+    return {
+        twin
+        for twin, name in pairs
+        if twin in plain and name in plain and reader.have_same_bytes(plain[twin], plain[name])
+    }
 
 
 def _place(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:

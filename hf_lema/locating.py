@@ -118,6 +118,18 @@ def read_request(
     )
 
 
+def parse_dtype(wanted: torch.dtype | str) -> torch.dtype:
+    """Turn what a caller calls a dtype into one that weights can have.
+
+    Raises:
+        ValueError: It is none.
+    """
+    dtype = vars(torch).get(wanted.removeprefix("torch.")) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype {wanted!r}: expected torch.float16, torch.bfloat16, torch.float32 or their names")
+    return dtype
+
+
 def load_config(request: ModelRequest) -> tuple[Any, dict[str, Any]]:
     """Load the configuration, with the caller's values in it.
 

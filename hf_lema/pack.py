@@ -14,9 +14,7 @@ block_values]``.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import glob
 import json
 import os
 import shutil
@@ -41,7 +39,7 @@ from hf_lema.checkpoint import (
     read_header,
 )
 from hf_lema.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
-from hf_lema.units import format_bytes
+from hf_lema.staging import partial_path, remove_stale_partials, require_disk_space, sync
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -235,7 +233,7 @@ class PackWriter:
             },
         )
         self.nbytes = len(self._header) + sum(layout.nbytes for layout in self._layouts)
-        self._partial_path = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial_path = partial_path(self.path)
         self._descriptor = -1  # owned: closed in __exit__
         self._num_written = 0
 
@@ -251,14 +249,9 @@ class PackWriter:
             OSError: There is too little disk space (``ENOSPC``), or the file cannot be made.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_partials(self.path)
-        available_bytes = self.available_bytes()
-        if available_bytes < self.nbytes:
-            raise OSError(
-                errno.ENOSPC,
-                f"the pack needs {format_bytes(self.nbytes)}, {self.path.parent} has {format_bytes(available_bytes)} "
-                "left. Free some, or set HF_LEMA_CACHE to a folder on another disk",
-            )
+        remove_stale_partials(self.path)
+        remedy = "Free some, or set HF_LEMA_CACHE to a folder on another disk"
+        require_disk_space(self.path.parent, self.nbytes, "the pack", remedy)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(self._partial_path, flags, 0o644)
         try:
@@ -317,7 +310,7 @@ class PackWriter:
                     raise RuntimeError(f"the pack {self.path} is not complete: layers {missing} were not written")
                 os.fsync(self._descriptor)
                 self._partial_path.replace(self.path)
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
         finally:
             self._discard()
 
@@ -342,23 +335,3 @@ def _header_bytes(layouts: Sequence[LayerLayout], texts: Mapping[str, str]) -> b
     if padded_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"the pack's header would have {padded_bytes} bytes, at most {MAX_HEADER_BYTES} are allowed")
     return padded_bytes.to_bytes(LENGTH_BYTES, "little") + text.ljust(padded_bytes)
-
-
-def _remove_stale_partials(path: Path) -> None:
-    """Remove temporary files of the same pack whose writer was killed: no living writer locks them."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with partial.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

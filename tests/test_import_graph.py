@@ -21,10 +21,12 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "schedule": set(),
     "environment": {"torch", "psutil"},
+    "staging": set(),
     "layout": {"torch"},
     "safetensors_header": {"torch"},
     "file_set": {"torch"},
     "checkpoint": set(),
+    "checkpoint_writer": {"torch"},
     "pack": {"torch"},
     "events": {"torch"},
     "host_memory": {"torch", "psutil"},
@@ -52,6 +54,10 @@ ROOMS: dict[str, set[str]] = {
     "packing": {"torch", "transformers"},
     "locating": {"torch", "transformers", "accelerate", "huggingface_hub"},
     "loading": {"torch", "transformers"},
+    "adapter": {"torch", "transformers", "peft"},
+    "companion_files": {"transformers"},
+    "merging": {"torch", "transformers", "huggingface_hub"},
+    "unpickling": {"torch", "transformers", "huggingface_hub"},
     "placement": {"torch", "transformers", "peft", "tqdm"},
     "merge_hook": {"torch", "accelerate"},
     "meter": {"torch"},
@@ -71,6 +77,8 @@ ROOMS: dict[str, set[str]] = {
     "verdict": set(),
     "plots": {"matplotlib"},
     "report": set(),
+    "cli": set(),
+    "__main__": set(),
 }
 ORDER = list(ROOMS)
 DOORWAY = "__init__"  # names lead from here to every room, but only when they are asked for

@@ -20,12 +20,24 @@ PUBLIC_NAMES = {
     "StepChoices",
     "StreamerStats",
     "get_streamer",
+    "merge_and_save",
 }
 
 CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": 0, "choices": None}
 CONFIG_FIELDS |= {"quantization": None, "double_quantization": True}
 
 STATS_FIELDS = ("num_hits", "num_demand_loads", "wait_s", "disk_bytes", "h2d_bytes")
+
+MERGE_PARAMETERS = (
+    "base",
+    "adapter",
+    "output",
+    "dtype",
+    "max_shard_size",
+    "push_to_hub",
+    "trust_remote_code",
+    "kwargs",
+)
 
 WRAPPER_PARAMETERS = {
     "wrap": ("model", "config", "device"),
@@ -81,6 +93,10 @@ def test_wrapper_methods_take_exactly_these_arguments(method: str) -> None:
     signature = inspect.signature(getattr(hf_lema.LemaModelWrapper, method))
 
     assert tuple(signature.parameters) == WRAPPER_PARAMETERS[method]
+
+
+def test_merge_takes_exactly_these_arguments() -> None:
+    assert tuple(inspect.signature(hf_lema.merge_and_save).parameters) == MERGE_PARAMETERS
 
 
 def test_stats_fields_are_exactly_these() -> None:

@@ -1,0 +1,232 @@
+"""The command line, ``hf-lema`` or ``python -m hf_lema``: parses, calls one function, prints.
+
+Responsibility: arguments, exit codes, the text and JSON of results. Everything else is imported when a command runs, so
+that ``--help`` answers at once.
+
+To add a command: one function that declares its arguments and sets ``run``, and one line in `COMMANDS`.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lema.units import format_bytes
+
+Result = Mapping[str, Any]
+"""What a command has to say: ``text`` for a person, the rest for ``--json``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None means those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-lema", description="Fine-tune models that do not fit on the card: what is done from a shell."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (summary, example, declare) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="end the output with the result as one line of JSON")
+        declare(command)
+    arguments = parser.parse_args(argv)
+    # Read by torch when it is imported: large pages for large tensors. Without them a merge takes 1.6 times the
+    # processor time (recipes/LOG.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # addressed to programmers
+    try:
+        result = dict(arguments.run(arguments))
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"hf-lema: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-lema: interrupted, nothing is left half done", file=sys.stderr)
+        return 130
+    text = result.pop("text")
+    print(text, flush=True)
+    if arguments.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _declare_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="MODEL", help="folder or hub id; by default what the adapter names")
+    parser.add_argument("--adapter", metavar="ADAPTER", required=True, help="folder or hub id of the adapter")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder to write; new or empty")
+    parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the base's own")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="where a new file begins (%(default)s)")
+    parser.add_argument("--push-to-hub", metavar="ID", help="upload the finished folder to this model repository")
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of the base on the hub")
+    _add_trust(parser)
+    parser.set_defaults(run=_run_merge)
+
+
+def _run_merge(arguments: argparse.Namespace) -> Result:
+    from hf_lema.merging import merge_and_save
+
+    where = {} if arguments.revision is None else {"revision": arguments.revision}
+    merged = merge_and_save(
+        arguments.base,
+        arguments.adapter,
+        arguments.output,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        push_to_hub=arguments.push_to_hub,
+        trust_remote_code=arguments.trust_remote_code,
+        **where,
+    )
+    uploaded = "" if merged.hub_id is None else f", uploaded to {merged.hub_id}"
+    text = (
+        f"{merged.folder}: {merged.num_tensors} tensors, {merged.num_merged_tensors} of them merged, "
+        f"{format_bytes(merged.nbytes)} in {merged.num_files} files{uploaded}"
+    )
+    return {"text": text, **_as_json(merged)}
+
+
+def _declare_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument("output", metavar="OUT", help="the pack (*.lema.safetensors); for .bin files a folder")
+    parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
+    _add_quantization(parser, "pack linears to 4 bits")
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the hub")
+    _add_trust(parser)
+    parser.set_defaults(run=_run_pack)
+
+
+def _run_pack(arguments: argparse.Namespace) -> Result:
+    from hf_lema.unpickling import convert_pickled, find_pickled
+
+    where = {} if arguments.revision is None else {"revision": arguments.revision}
+    folder = find_pickled(arguments.model, **where)
+    if folder is not None:
+        converted = convert_pickled(folder, arguments.output, dtype=arguments.dtype)
+        text = f"{converted.folder}: {converted.num_tensors} tensors, {format_bytes(converted.nbytes)}, as safetensors"
+        return {"text": text, **_as_json(converted)}
+    return _write_pack(arguments, where)
+
+
+def _write_pack(arguments: argparse.Namespace, where: Mapping[str, str]) -> Result:
+    import torch
+
+    from hf_lema.loading import pack_model
+    from hf_lema.pack import PACK_SUFFIX
+
+    path = Path(arguments.output)
+    if not path.name.endswith(PACK_SUFFIX):
+        raise ValueError(f"{path} is no name for a pack: expected one that ends in {PACK_SUFFIX}")
+    pack = pack_model(
+        arguments.model,
+        path,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        double_quantization=not arguments.no_double_quantization,
+        device="cuda" if arguments.quantization and torch.cuda.is_available() else "cpu",
+        trust_remote_code=arguments.trust_remote_code,
+        **where,
+    )
+    text = f"{pack.path}: {len(pack.layouts)} layers, {format_bytes(pack.nbytes)}"
+    return {"text": text, "path": str(pack.path), "nbytes": pack.nbytes, "num_layers": len(pack.layouts)}
+
+
+def _declare_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or a shape such as llama-2-7b")
+    parser.add_argument("--vram", metavar="SIZE", help="the card's memory; by default that of --card")
+    parser.add_argument("--ram", metavar="SIZE", help="the machine's free memory; by default this machine's")
+    parser.add_argument("--card", metavar="NAME", help="T4, P100, RTX 3090, ...; by default the one here, else a T4")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="sequences a step (%(default)s)")
+    parser.add_argument("--seq-len", metavar="N", type=int, default=512, help="tokens a sequence (%(default)s)")
+    parser.add_argument("--lora-rank", metavar="R", type=int, default=16, help="on all linears (%(default)s)")
+    parser.add_argument("--vram-budget", metavar="BUDGET", default="auto", help='as in LemaConfig; "min" for the floor')
+    parser.add_argument("--num-processes", metavar="N", type=int, default=1, help="that share the machine")
+    parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
+    _add_quantization(parser, "stream linears in 4 bits")
+    parser.set_defaults(run=_run_plan)
+
+
+def _run_plan(arguments: argparse.Namespace) -> Result:
+    import torch
+
+    from hf_lema.config import LemaConfig
+    from hf_lema.device_rates import find_rates, rates_of
+    from hf_lema.plan_table import compare_plans, comparison_as_dict, format_comparison
+    from hf_lema.step_cost import PlanOptions
+    from hf_lema.units import parse_bytes
+
+    if arguments.card is None and torch.cuda.is_available():
+        rates = rates_of(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        rates = find_rates(arguments.card or "T4")
+    comparison = compare_plans(
+        arguments.model,
+        LemaConfig(vram_budget=arguments.vram_budget),
+        batch_size=arguments.batch_size,
+        seq_len=arguments.seq_len,
+        vram_bytes=None if arguments.vram is None else parse_bytes(arguments.vram),
+        ram_bytes=None if arguments.ram is None else parse_bytes(arguments.ram),
+        lora=arguments.lora_rank,
+        rates=rates,
+        options=PlanOptions(
+            dtype=arguments.dtype,
+            num_processes=arguments.num_processes,
+            quantization=arguments.quantization,
+            double_quantization=not arguments.no_double_quantization,
+        ),
+    )
+    return {"text": format_comparison(comparison), **comparison_as_dict(comparison)}
+
+
+def _add_quantization(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--quantization", choices=("nf4",), help=what)
+    parser.add_argument("--no-double-quantization", action="store_true", help="keep the scales of 4-bit blocks in fp32")
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+
+
+def _as_json(result: Any) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(result).items()}
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "plan": (
+        "Say where the memory goes and how long a step takes, before anything is loaded: LEMA, stock PEFT and QLoRA.",
+        "  hf-lema plan llama-2-7b --card T4 --ram 12.7GiB\n"
+        "  hf-lema plan NousResearch/Llama-2-7b-hf --vram 16GiB --ram 29GiB --batch-size 8 --seq-len 512",
+        _declare_plan,
+    ),
+    "merge": (
+        "Merge an adapter into its base model, a few tensors in memory at a time.",
+        "  hf-lema merge --base NousResearch/Llama-2-7b-hf --adapter out/adapter --output out/merged\n"
+        "  hf-lema merge --adapter out/adapter --output out/merged --dtype bfloat16 --push-to-hub me/my-model",
+        _declare_merge,
+    ),
+    "pack": (
+        "Write a model's decoder layers as a pack, or rewrite a model that is only .bin files as safetensors.",
+        "  hf-lema pack mistralai/Mixtral-8x7B-v0.1 mixtral.lema.safetensors --dtype bfloat16\n"
+        "  hf-lema pack deepseek-ai/deepseek-llm-7b-base deepseek-7b-safetensors\n"
+        "  hf-lema pack NousResearch/Llama-2-7b-hf llama.nf4.lema.safetensors --quantization nf4",
+        _declare_pack,
+    ),
+}
+"""Name -> what it does, examples, and the function that declares its arguments."""
