@@ -41,11 +41,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
-_CONVERT = (
-    "Convert it once where you trust its origin, with transformers: "
-    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder, safe_serialization=True). "
-    "Pickled files are never opened here: they can run code"
-)
+_NEVER_OPENED = "Pickled files are never opened here: they can run code"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +205,15 @@ def _single_file(folder: Path) -> str:
         )
     pickled = [name for name in files if name.endswith(_PICKLED_SUFFIXES)]
     if pickled and not found:
-        raise FileNotFoundError(f"{folder} holds no safetensors file, only {', '.join(pickled)}. {_CONVERT}")
+        remedy = (
+            f"hf-lema pack {folder} OTHER_FOLDER, and train from that"
+            if any(name.endswith(".bin") for name in pickled)
+            else "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder), with transformers"
+        )
+        raise FileNotFoundError(
+            f"{folder} holds no safetensors file, only {', '.join(pickled)}. Convert it once where you trust its "
+            f"origin: {remedy}. {_NEVER_OPENED}"
+        )
     if found:
         raise FileNotFoundError(
             f"{folder} holds only an adapter ({found[0]}), no model. Load the base model first, then "

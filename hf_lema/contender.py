@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STATUSES = ("ok", "out_of_memory", "failed", "skipped")
+_PER_STEP = ("loss", "step_s", "vram_step_peak_bytes", "h2d_bytes", "disk_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class ContenderResult:
         vram_allocated_peak_bytes: Largest use by tensors; ``None``, like the next two, without a card.
         vram_reserved_peak_bytes: Largest use by torch's allocator.
         vram_process_peak_bytes: Largest use by the process.
+        vram_step_peak_bytes: Largest use by the process in each step.
+        vram_card_bytes: Size of the card, or the limit that the contender was held to.
         ram_private_above_imports_peak_bytes: Largest private RAM (anonymous and shared pages), less what the imports,
             the device context and the model skeleton took.
         ram_file_peak_bytes: Largest use by pages of mapped files.
@@ -75,6 +78,8 @@ class ContenderResult:
     vram_allocated_peak_bytes: int | None = None
     vram_reserved_peak_bytes: int | None = None
     vram_process_peak_bytes: int | None = None
+    vram_step_peak_bytes: Sequence[int] = ()
+    vram_card_bytes: int | None = None
     ram_private_above_imports_peak_bytes: int | None = None
     ram_file_peak_bytes: int | None = None
     ram_resident_above_imports_peak_bytes: int | None = None
@@ -87,7 +92,7 @@ class ContenderResult:
     notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("loss", "step_s", "h2d_bytes", "disk_bytes", "samples", "notes"):
+        for name in (*_PER_STEP, "samples", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         faults = []
         if self.status not in STATUSES:
@@ -96,7 +101,7 @@ class ContenderResult:
             faults.append(f"status is {self.status!r} but no reason is given")
         if self.status == "ok" and self.num_steps < 1:
             faults.append("status is 'ok' but no step was done")
-        lengths = {name: len(getattr(self, name)) for name in ("loss", "step_s", "h2d_bytes", "disk_bytes")}
+        lengths = {name: len(getattr(self, name)) for name in _PER_STEP}
         too_long = {name: length for name, length in lengths.items() if length > self.num_steps}
         faults += [f"{name} has {length} values for {self.num_steps} steps" for name, length in too_long.items()]
         if self.num_warmup_steps < 0:

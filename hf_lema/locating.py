@@ -192,8 +192,8 @@ def checkpoint_folder(request: ModelRequest) -> Path:
     if index is None:
         raise FileNotFoundError(
             f"{request.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, on the hub or in its local cache. If it has "
-            "only .bin files, convert it once where you trust its origin, with transformers: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+            f"only .bin files, convert it once where you trust its origin: hf-lema pack {request.name} FOLDER, and "
+            "train from FOLDER"
         )
     hub = dict(request.hub)
     subfolder = hub.pop("subfolder", "")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_lema.contender import ContenderResult
+from hf_lema.curves import NEARLY_FULL_SHARE, read_curve
 from hf_lema.units import to_gib
 from hf_lema.verdict import step_median_and_spread_s
 
@@ -77,8 +78,28 @@ def _draw_loss(axes: Axes, results: Sequence[ContenderResult]) -> bool:
         label = _label(result) + (f" (equal to {twin})" if losses and twin != result.name else "")
         steps = [float(num_steps) for num_steps in range(1, len(losses) + 1)]
         _draw_curve(axes, idx, label, steps, losses, linewidth=max(2.6 - 0.5 * idx, 1.1))
-    _finish(axes, "Training loss", "Optimizer step", "Loss (nats per token)")
+        if twin == result.name:
+            _draw_reading(axes, idx, losses)
+    _finish(
+        axes, "Training loss (thin: linear fit, band: plateau, bar: cliff)", "Optimizer step", "Loss (nats per token)"
+    )
     return any(result.loss for result in results)
+
+
+def _draw_reading(axes: Axes, idx: int, losses: Sequence[float]) -> None:
+    """The fitted line, thin; a broad pale band along each plateau; a short bar down each cliff."""
+    reading = read_curve(losses)
+    if reading is None:
+        return
+    ends = (1, reading.num_steps)
+    axes.plot(ends, [reading.fit.at(end) for end in ends], color=_colour(idx), linewidth=0.7, alpha=0.6)
+    for plateau in reading.plateaus:
+        steps = range(plateau.first_step, plateau.last_step + 1)
+        values = [losses[step - 1] for step in steps]
+        axes.plot(steps, values, color=_colour(idx), linewidth=8, alpha=0.15, solid_capstyle="butt")
+    for cliff in reading.cliffs:
+        ends_of_bar = (losses[cliff.step - 2], losses[cliff.step - 1])
+        axes.plot([cliff.step - 0.5] * 2, ends_of_bar, color=_colour(idx), linewidth=4, alpha=0.5)
 
 
 def _draw_vram(axes: Axes, results: Sequence[ContenderResult]) -> bool:
@@ -103,6 +124,12 @@ def _draw_use(
         _draw_curve(axes, idx, _label(result), [time_s for time_s, _ in known], [gib for _, gib in known])
         if known and result.status != "ok":
             axes.plot(*known[-1], marker="x", markersize=11, markeredgewidth=3, color=_colour(idx))
+    limits = {result.vram_card_bytes for result in results if result.vram_card_bytes is not None}
+    for limit_bytes in limits if y_label.startswith("VRAM") else ():
+        nearly_full_gib = to_gib(NEARLY_FULL_SHARE * limit_bytes)
+        if axes.get_ylim()[1] > nearly_full_gib / 2:  # a line far above all curves would press them flat
+            label = f"{100 * NEARLY_FULL_SHARE:.0f} % of the card"
+            axes.axhline(nearly_full_gib, label=label, color="0.4", linewidth=1, linestyle=(0, (6, 3)))
     _finish(axes, title, "Time (s)", y_label)
     axes.set_ylim(bottom=0)
     return any(num_bytes is not None for curve in curves for _, num_bytes in curve)

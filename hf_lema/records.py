@@ -147,6 +147,16 @@ def _sum(records: Sequence[StepRecord], name: str) -> Any:
     return None if None in values else sum(values)
 
 
+def progress_line(num_steps_done: int, num_steps: int, loss: float, memory: PeakMemory) -> str:
+    """One line for the console, such as ``Step 100/625 | Loss: 0.0677 | VRAM: 6.36 GiB``; without a card, of RAM."""
+    kind, used_bytes = "VRAM", memory.vram_allocated_peak_bytes
+    if used_bytes is None:
+        kind, used_bytes = "RAM", memory.ram_private_peak_bytes
+    if used_bytes is None:  # a platform that does not tell the kinds of pages apart
+        used_bytes = memory.ram_rss_peak_bytes
+    return f"Step {num_steps_done}/{num_steps} | Loss: {loss:.4f} | {kind}: {to_gib(used_bytes):.2f} GiB"
+
+
 def append_json_line(path: Path, figures: dict[str, Any]) -> None:
     """Append one JSON line, on a line of its own also when a crash cut the last one short.
 

@@ -1,4 +1,4 @@
-"""A duel's results as a table for the terminal and a page in Markdown.
+"""A duel's results, with a reading of their curves, as a table for the terminal and a page in Markdown.
 
 Responsibility: records in, text out. Never measures; knows nothing of the runtime.
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_lema.contender import STATUSES, ContenderResult, UseSample
+from hf_lema.curves import CURVE_RULE, CurveReading, read_curve, share_above
 from hf_lema.plots import write_plots
 from hf_lema.units import format_bytes, to_gib
 from hf_lema.verdict import NOISE_RULE, Comparison, Verdict, step_median_and_spread_s, verdict
 
 __all__ = [
+    "CURVE_RULE",
     "NOISE_RULE",
     "STATUSES",
     "Comparison",
@@ -54,6 +56,8 @@ class Row:
         ram_resident_above_imports_peak_bytes: The same with the pages of mapped files; where no card takes part.
         ram_file_peak_bytes: Pages of mapped files.
         h2d_per_step_bytes: Mean of the layer bytes that a step moved.
+        curve: What is to be seen in the loss curve.
+        nearly_full_share: Share of the steps with more than 90 % of the card in use by the process.
         verdict: What may be said against the baseline, in one line.
     """
 
@@ -71,7 +75,17 @@ class Row:
     ram_resident_above_imports_peak_bytes: int | None
     ram_file_peak_bytes: int | None
     h2d_per_step_bytes: float | None
+    curve: CurveReading | None
+    nearly_full_share: float | None
     verdict: str
+
+    @property
+    def curve_text(self) -> str:
+        """The curves in one line for a person; empty where there is none."""
+        parts = [] if self.curve is None else [self.curve.text]
+        if self.nearly_full_share is not None:
+            parts.append(f"VRAM above 90 % in {100 * self.nearly_full_share:.0f} % of the steps")
+        return "; ".join(parts)
 
 
 def summarize(results: Sequence[ContenderResult], baseline_name: str = BASELINE_NAME) -> list[Row]:
@@ -97,6 +111,10 @@ def _row(result: ContenderResult, baseline: ContenderResult | None) -> Row:
         ram_resident_above_imports_peak_bytes=result.ram_resident_above_imports_peak_bytes,
         ram_file_peak_bytes=result.ram_file_peak_bytes,
         h2d_per_step_bytes=sum(result.h2d_bytes) / len(result.h2d_bytes) if result.h2d_bytes else None,
+        curve=read_curve(result.loss),
+        nearly_full_share=(
+            None if result.vram_card_bytes is None else share_above(result.vram_step_peak_bytes, result.vram_card_bytes)
+        ),
         verdict=verdict(result, baseline).text,
     )
 
@@ -166,6 +184,9 @@ def format_table(rows: Sequence[Row], baseline_name: str = BASELINE_NAME) -> str
     lines.insert(1, "-" * max(len(line) for line in lines))
     lines += ["", f"against {baseline_name}"]
     lines += [f"  {row.name.ljust(widths[0])}  {_cut(row.verdict)}" for row in rows]
+    if any(row.curve_text for row in rows):
+        lines += ["", "curves"]
+        lines += [f"  {row.name.ljust(widths[0])}  {row.curve_text}" for row in rows if row.curve_text]
     return "\n".join(lines)
 
 
@@ -183,6 +204,7 @@ def write_markdown(
     plots: Sequence[Path] = (),
     baseline_name: str = BASELINE_NAME,
     title: str = "Duel",
+    sections: Sequence[str] = (),
 ) -> None:
     """Write the page: results, verdicts and the rule behind them, notes, pictures, settings, environment.
 
@@ -194,18 +216,19 @@ def write_markdown(
         plots: Pictures to show, as `write_plots` gave them; linked relative to the page.
         baseline_name: The contender that the others are held against.
         title: Head of the page.
+        sections: Markdown to stand between head and results.
     """
     path = Path(path)
     rows = summarize(results, baseline_name)
-    sections = [f"# {title}", *_results_section(rows, baseline_name), *_notes_section(results)]
+    page = [f"# {title}", *sections, *_results_section(rows, baseline_name), *_notes_section(results)]
     for plot in plots:
         link = os.path.relpath(plot, path.parent).replace(os.sep, "/")
-        sections.append(f"![{plot.stem.replace('_', ' ')}]({link})")
+        page.append(f"![{plot.stem.replace('_', ' ')}]({link})")
     if settings:
-        sections += ["## Settings", _markdown_mapping(settings)]
-    sections += ["## Environment", _markdown_mapping(environment)]
+        page += ["## Settings", _markdown_mapping(settings)]
+    page += ["## Environment", _markdown_mapping(environment)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 
 def _results_section(rows: Sequence[Row], baseline_name: str) -> list[str]:
@@ -224,7 +247,9 @@ def _results_section(rows: Sequence[Row], baseline_name: str) -> list[str]:
     else:
         legend += " VRAM: largest use by tensors (`max_memory_allocated`)."
     verdicts = "\n".join(f"- **{row.name}**: {' '.join(row.verdict.split())}" for row in rows)
-    return [table, legend, f"## Against {baseline_name}", verdicts, NOISE_RULE]
+    curves = "\n".join(f"- **{row.name}**: {row.curve_text}" for row in rows if row.curve_text)
+    sections = [table, legend, f"## Against {baseline_name}", verdicts, NOISE_RULE]
+    return sections + (["## Curves", curves, CURVE_RULE] if curves else [])
 
 
 def _notes_section(results: Sequence[ContenderResult]) -> list[str]:

@@ -30,9 +30,10 @@ from hf_lema.records import (
     interval_figures,
     merged_peak,
     peak_figures,
+    progress_line,
 )
 from hf_lema.sampler import MemorySample, MemorySampler, ProcessMemory, read_process_memory
-from hf_lema.units import format_bytes, to_gib
+from hf_lema.units import format_bytes
 from hf_lema.vram_meter import AllocatorPeak, VramMeter, open_vram_meter
 from hf_lema.wrapper import find_streamer
 
@@ -49,6 +50,7 @@ __all__ = [
     "ProcessMemory",
     "StepRecord",
     "environment_record",
+    "progress_line",
     "read_process_memory",
 ]
 
@@ -400,13 +402,7 @@ class MemoryTelemetryCallback(TrainerCallback):
     def _print_line(self, state: TrainerState, loss: float, interval: list[StepRecord]) -> None:
         if not self._console or not state.is_world_process_zero:
             return
-        memory = merged_peak(interval)
-        kind, used_bytes = "VRAM", memory.vram_allocated_peak_bytes
-        if used_bytes is None:
-            kind, used_bytes = "RAM", memory.ram_private_peak_bytes
-        if used_bytes is None:  # a platform that does not tell the kinds of pages apart
-            used_bytes = memory.ram_rss_peak_bytes
-        line = f"Step {state.global_step}/{state.max_steps} | Loss: {loss:.4f} | {kind}: {to_gib(used_bytes):.2f} GiB"
+        line = progress_line(state.global_step, state.max_steps, loss, merged_peak(interval))
         tqdm.write(line, file=sys.stdout)  # above the progress bar, not through it
 
 

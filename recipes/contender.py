@@ -225,6 +225,8 @@ def make_result(
         vram_allocated_peak_bytes=peak.vram_allocated_peak_bytes,
         vram_reserved_peak_bytes=peak.vram_reserved_peak_bytes,
         vram_process_peak_bytes=peak.vram_process_peak_bytes,
+        vram_step_peak_bytes=[r.vram_process_peak_bytes for r in records if r.vram_process_peak_bytes is not None],
+        vram_card_bytes=card_bytes(task),
         ram_private_above_imports_peak_bytes=peak.ram_private_above_baseline_peak_bytes,
         ram_file_peak_bytes=peak.ram_file_peak_bytes,
         ram_resident_above_imports_peak_bytes=(
@@ -237,6 +239,13 @@ def make_result(
         batches_sha256=batches_sha256,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+
+
+def card_bytes(task: Task) -> int | None:
+    """The size that use is held against: the limit, or else the card's; None on a CPU."""
+    if task.device == "cpu":
+        return None
+    return task.vram_limit_bytes or torch.cuda.mem_get_info()[1]
 
 
 def thin_samples(telemetry: MemoryTelemetryCallback, baseline: ProcessMemory) -> list[UseSample]:

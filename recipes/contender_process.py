@@ -5,6 +5,7 @@ Knows processes and the contender's protocol (a task file, progress lines, a res
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,8 @@ OUT_OF_MEMORY = re.compile(
 ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b")
 MAX_REASON_CHARS = 300
 KILL_WAIT_S = 10.0
+STOP_WAIT_S = 600.0
+"""A recipe's row that is interrupted ends its step and writes a checkpoint; a contender just ends."""
 
 Progress = Callable[[int, float, float], None]
 """Called with steps done, loss, and seconds of training."""
@@ -49,18 +52,19 @@ class Outcome:
     wall_s: float
 
 
-def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float) -> Outcome:
-    """Runs ``contender.py`` on a task and waits for it.
+def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float, script: str = "contender.py") -> Outcome:
+    """Runs a script of this folder on a task and waits for it.
 
     Args:
-        task: The fields of ``contender.Task``; ``folder`` exists and is empty.
+        task: The fields of the script's task, such as ``contender.Task``; ``folder`` exists.
         on_progress: Told of each step.
         limit_s: After so many seconds the process is killed.
+        script: Follows the protocol of ``contender.py``.
     """
     folder = Path(task["folder"])
     task_path = folder / "task.json"
     task_path.write_text(json.dumps(task), encoding="utf-8")
-    command = [sys.executable, str(Path(__file__).with_name("contender.py")), str(task_path)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(task_path)]
     start_s = time.perf_counter()
     was_late = threading.Event()
     losses: list[float] = []
@@ -72,11 +76,17 @@ def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float) -
             text=True,
             errors="replace",
             env=_environment(task),
+            start_new_session=True,  # an interrupt comes once, from here
         )
         watchdog = threading.Timer(limit_s, _kill_late, (process, was_late))
         watchdog.start()
         try:
             _follow(process, log, losses, on_progress)
+        except KeyboardInterrupt:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_WAIT_S)
+            raise
         finally:
             watchdog.cancel()
             process.kill()  # does nothing to a process that has ended

@@ -61,6 +61,13 @@ class ModelSource:
     label: str
     is_random: bool = False
 
+    @property
+    def hub_id(self) -> str | None:
+        """Where the model is on the hub, whatever it was read from; None for a folder of the user's."""
+        if self.label.startswith("SmolLM2-135M-Instruct ("):
+            return HUB_ID
+        return None if Path(self.name_or_path).is_dir() else self.name_or_path
+
 
 def cache_folder() -> Path:
     """``$HF_LEMA_CACHE``, else ``hf_lema`` in the user's cache folder."""

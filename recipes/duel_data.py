@@ -39,7 +39,9 @@ class PreparedData:
     num_skipped: int
 
 
-def prepare_data(name: str | None, tokenizer: Any, seq_len: int, seed: int) -> PreparedData:
+def prepare_data(
+    name: str | None, tokenizer: Any, seq_len: int, seed: int, num_examples: int = NUM_EXAMPLES
+) -> PreparedData:
     """Makes or reads the examples and tokenizes them.
 
     Args:
@@ -47,15 +49,16 @@ def prepare_data(name: str | None, tokenizer: Any, seq_len: int, seed: int) -> P
         tokenizer: A fast transformers tokenizer.
         seq_len: Tokens an example.
         seed: Of the reply examples.
+        num_examples: How many reply examples are made.
 
     Raises:
         ValueError: The file has no rows, or no column that the recipe knows, or nothing is left.
     """
     if name is None:
-        label, rows = f"{NUM_EXAMPLES} [LEMA_REPLY] examples", make_examples(NUM_EXAMPLES, seed)
+        label, rows = f"{num_examples} [LEMA_REPLY] examples", make_examples(num_examples, seed)
     else:
         label = Path(name).name if Path(name).is_file() else name
-        rows = [_as_example(row, label) for row in _read_rows(name)]
+        rows = [_as_example(row, label) for row in read_rows(name)]
     if not rows:
         raise ValueError(f"{label} has no rows")
     tokenized = [
@@ -66,11 +69,16 @@ def prepare_data(name: str | None, tokenizer: Any, seq_len: int, seed: int) -> P
     if not kept:
         raise ValueError(f"none of the {len(rows)} examples of {label} fits into {seq_len} tokens: raise --seq-len")
     return PreparedData(
-        dataset=_stack(kept), label=label, num_examples=len(kept), num_skipped=len(tokenized) - len(kept)
+        dataset=stack(kept), label=label, num_examples=len(kept), num_skipped=len(tokenized) - len(kept)
     )
 
 
-def _read_rows(name: str) -> Iterable[dict[str, Any]]:
+def read_rows(name: str) -> Iterable[dict[str, Any]]:
+    """At most ``MAX_ROWS`` rows of a .jsonl or .csv file, or of a hub set's train split.
+
+    Raises:
+        ValueError: A file of another kind.
+    """
     path = Path(name)
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
@@ -116,7 +124,8 @@ def _tokenize_text(text: str, tokenizer: Any, seq_len: int) -> TokenizedExample 
     )
 
 
-def _stack(examples: Sequence[TokenizedExample]) -> TokenDataset:
+def stack(examples: Sequence[TokenizedExample]) -> TokenDataset:
+    """Examples of equal length as one data set."""
     return TokenDataset(
         torch.tensor([example.input_ids for example in examples], dtype=torch.int32),
         torch.tensor([example.attention_mask for example in examples], dtype=torch.int8),

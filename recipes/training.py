@@ -63,8 +63,8 @@ class TrainingPlan:
     lora_dropout: float = LORA_DROPOUT
 
 
-def training_arguments(plan: TrainingPlan, output_dir: Path) -> TrainingArguments:
-    """The one set of arguments, for the installed transformers version."""
+def training_arguments(plan: TrainingPlan, output_dir: Path, **changed: Any) -> TrainingArguments:
+    """The one set of arguments, for the installed transformers version; ``changed`` replaces single ones."""
     # From 5.23 gradient checkpointing is named activation checkpointing and the old name warns. The lower branch may go
     # when that is the oldest version supported.
     if Version(transformers.__version__) >= Version("5.23"):
@@ -74,27 +74,26 @@ def training_arguments(plan: TrainingPlan, output_dir: Path) -> TrainingArgument
     checkpointing: dict[str, Any] = {name: plan.gradient_checkpointing}
     if plan.gradient_checkpointing:
         checkpointing[f"{name}_kwargs"] = {"use_reentrant": False}
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=plan.max_steps,
-        per_device_train_batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        seed=plan.seed,
-        data_seed=plan.seed,
-        fp16=plan.precision == "fp16",
-        bf16=plan.precision == "bf16",
-        use_cpu=plan.device_type == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=plan.device_type == "cuda",
-        **checkpointing,
-    )
+    values: dict[str, Any] = {
+        "max_steps": plan.max_steps,
+        "per_device_train_batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "seed": plan.seed,
+        "data_seed": plan.seed,
+        "fp16": plan.precision == "fp16",
+        "bf16": plan.precision == "bf16",
+        "use_cpu": plan.device_type == "cpu",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": plan.device_type == "cuda",
+    }
+    return TrainingArguments(output_dir=str(output_dir), **(values | checkpointing | changed))
 
 
 def add_adapter(model: nn.Module, plan: TrainingPlan) -> nn.Module:
@@ -144,18 +143,26 @@ class TokenDataset(Dataset):
 
 
 class HashingCollator:
-    """Stacks examples to a batch and keeps a hash of each batch, so that contenders can be shown to see the same."""
+    """Stacks examples to a batch and keeps a hash of each batch, so that contenders can be shown to see the same.
 
-    def __init__(self) -> None:
+    Args:
+        trim_padding: Cut off the padding that all examples of a batch end with.
+    """
+
+    def __init__(self, *, trim_padding: bool = False) -> None:
         self.hashes: list[str] = []
+        self._trim_padding = trim_padding
 
     def __call__(self, examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One batch, each value of shape (batch, seq_len)."""
         batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        if self._trim_padding:
+            num_tokens = int(batch["attention_mask"].sum(dim=1).max())
+            batch = {name: value[:, :num_tokens] for name, value in batch.items()}
         digest = hashlib.sha256()
         for name in sorted(batch):
             digest.update(name.encode())
-            digest.update(batch[name].numpy().tobytes())
+            digest.update(batch[name].contiguous().numpy().tobytes())
         self.hashes.append(digest.hexdigest())
         return batch
 
@@ -196,13 +203,23 @@ class LogCallback(TrainerCallback):
 
 
 def stock_trainer(
-    model: nn.Module, plan: TrainingPlan, dataset: Dataset, output_dir: Path, log: LogCallback
+    model: nn.Module,
+    plan: TrainingPlan,
+    dataset: Dataset,
+    output_dir: Path,
+    log: LogCallback,
+    *,
+    trim_padding: bool = False,
+    **changed: Any,
 ) -> tuple[Trainer, HashingCollator]:
-    """A stock Trainer that prints nothing by itself, and the collator that hashes its batches."""
-    collator = HashingCollator()
+    """A stock Trainer that prints nothing by itself, and the collator that hashes its batches.
+
+    ``changed`` replaces single training arguments.
+    """
+    collator = HashingCollator(trim_padding=trim_padding)
     trainer = Trainer(
         model=model,
-        args=training_arguments(plan, output_dir),
+        args=training_arguments(plan, output_dir, **changed),
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[log],

@@ -434,10 +434,17 @@ def test_a_damaged_index_is_refused(sharded: Path, text: str):
         CheckpointIndex.open(sharded)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickled_weights_alone_are_never_opened_but_the_remedy_is_named(tmp_path: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("pytorch_model.bin", "hf-lema pack"),
+        ("consolidated.00.pth", "save_pretrained"),
+        ("model.pt", "save_pretrained"),
+    ],
+)
+def test_pickled_weights_alone_are_never_opened_but_the_remedy_is_named(tmp_path: Path, name: str, remedy: str):
     (tmp_path / name).write_bytes(b"a pickle")
-    with pytest.raises(FileNotFoundError, match=rf"only {name}\. Convert it once .*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=rf"only {name}\. Convert it once .*{remedy}"):
         CheckpointIndex.open(tmp_path)
 
 

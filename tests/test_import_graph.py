@@ -73,11 +73,12 @@ ROOMS: dict[str, set[str]] = {
     "sampler": {"psutil"},
     "records": set(),
     "telemetry": {"torch", "transformers", "tqdm"},
+    "curves": set(),
     "contender": set(),
     "verdict": set(),
     "plots": {"matplotlib"},
     "report": set(),
-    "cli": set(),
+    "cli": {"torch"},
     "__main__": set(),
 }
 ORDER = list(ROOMS)

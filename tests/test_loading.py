@@ -513,7 +513,9 @@ def test_a_hub_model_with_pickled_weights_only_is_refused(checkpoints: Callable[
     shutil.copy(checkpoints() / "config.json", model)
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     cache = hub_cache(tmp_path / "hub", model)
-    with pytest.raises(FileNotFoundError, match=r"org/tiny has neither model\.safetensors nor .*convert it once"):
+    with pytest.raises(
+        FileNotFoundError, match=r"org/tiny has neither model\.safetensors nor .*hf-lema pack org/tiny FOLDER"
+    ):
         build_skeleton("org/tiny", cache_dir=cache, revision="v1", subfolder="sub", local_files_only=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hf_lema.contender import ContenderResult, UseSample
+from hf_lema.curves import CURVE_RULE
 from hf_lema.plots import write_plots
 from hf_lema.report import format_table, summarize, write_markdown
 from hf_lema.units import GIB, MIB
@@ -257,7 +258,22 @@ def test_the_table_shows_each_contender_and_its_verdict() -> None:
         "  peft       baseline",
         "  lema       1.25 times the step, 0.25 times the VRAM, RAM within noise, loss equal (7 steps)",
         "  qlora      out of memory: CUDA out of memory. Tried to allocate | 2 GiB",
+        "",
+        "curves",
+        "  peft       loss falls by 0.28 a step (R2 0.91); too short for plateaus and cliffs",
+        "  lema       loss falls by 0.28 a step (R2 0.91); too short for plateaus and cliffs",
     ]
+
+
+def test_the_table_says_where_the_loss_rested_and_dropped_and_how_often_the_card_was_nearly_full() -> None:
+    stairs = result(
+        num_steps=24,
+        loss=[3.0] * 12 + [2.0] * 12,
+        vram_step_peak_bytes=[15 * GIB] * 6 + [8 * GIB] * 18,
+        vram_card_bytes=16 * GIB,
+    )
+    reading = "2 plateaus (steps 1-12, 13-24), 1 cliff (step 13); VRAM above 90 % in 25 % of the steps"
+    assert format_table(summarize([stairs])).endswith(reading)
 
 
 def test_without_a_card_the_table_has_no_vram() -> None:
@@ -320,6 +336,8 @@ def test_the_page_holds_results_verdicts_rule_notes_pictures_and_environment(tmp
     assert "- **lema**: step within noise, 0.25 times the VRAM, RAM within noise, loss equal (7 steps)" in lines
     assert "- **qlora**: out of memory: CUDA out of memory. Tried to allocate | 2 GiB" in lines
     assert NOISE_RULE in lines
+    assert "- **lema**: loss falls by 0.28 a step (R2 0.91); too short for plateaus and cliffs" in lines
+    assert CURVE_RULE in lines
     assert "- **peft**: loaded in float32" in lines
     assert "![step time](plots/step_time.png)" in lines
     assert "| seed | 0 |" in lines
@@ -396,6 +414,17 @@ def test_a_duel_with_failures_and_losses_that_are_no_numbers_is_drawn(tmp_path: 
         *[with_samples(result(f"more-{idx}"), has_vram=True) for idx in range(9)],  # more than there are colours
     ]
     assert len(write_plots(results, tmp_path)) == 3
+
+
+@needs_matplotlib
+def test_plateaus_cliffs_and_a_nearly_full_card_are_drawn(tmp_path: Path) -> None:
+    plain = with_samples(result("peft", num_steps=24, loss=[3.0] * 24), has_vram=True)
+    stairs = dataclasses.replace(plain, loss=[3.0] * 12 + [2.0] * 12, vram_card_bytes=8 * GIB)
+    names = ["loss.png", "vram.png", "step_time.png"]
+    assert [path.name for path in write_plots([plain], tmp_path / "plain")] == names
+    assert [path.name for path in write_plots([stairs], tmp_path / "stairs")] == names
+    for name in names[:2]:
+        assert (tmp_path / "plain" / name).read_bytes() != (tmp_path / "stairs" / name).read_bytes()
 
 
 @needs_matplotlib
