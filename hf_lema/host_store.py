@@ -88,9 +88,11 @@ class HostStore(abc.ABC):
         tier: ``"ram"`` or ``"disk"``.
         layouts: As given.
         disk_bytes: Bytes read from files so far.
+        is_shared: Whether other processes read the same memory: nothing may be written to it any more.
     """
 
     tier: str
+    is_shared = False
 
     def __init__(self, layouts: Mapping[int, LayerLayout], device: torch.device) -> None:
         self.layouts = dict(layouts)
@@ -192,18 +194,35 @@ class RamStore(HostStore):
     """All streamed layers in one shared slab of exact size.
 
     Fill `host_views` (or `layer_buffer`) of every layer, then call `seal`.
+
+    Args:
+        layouts: Layout of every streamed layer, by layer index.
+        device: Where `read_into` will write.
+        is_shared: Whether other processes will map the slab, or have made it.
+        of: Descriptor of another process's slab, filled already; owned from here on.
     """
 
     tier = "ram"
 
-    def __init__(self, layouts: Mapping[int, LayerLayout], device: torch.device) -> None:
+    def __init__(
+        self,
+        layouts: Mapping[int, LayerLayout],
+        device: torch.device,
+        is_shared: bool = False,
+        of: int | None = None,
+    ) -> None:
         super().__init__(layouts, device)
+        self.is_shared = is_shared
         self._offsets: dict[int, int] = {}
         end_bytes = 0
         for layer_idx, layout in self.layouts.items():
             self._offsets[layer_idx] = end_bytes
             end_bytes += layout.nbytes
-        self._slab = HostBuffer(end_bytes)
+        self._slab = HostBuffer(end_bytes, of=of, is_shared=is_shared and of is None)
+
+    def take_descriptor(self) -> int:
+        """The slab for other processes; the caller closes it. May be called once, on a slab that was made shared."""
+        return self._slab.take_descriptor()
 
     @property
     def pinned_bytes(self) -> int:

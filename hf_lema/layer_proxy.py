@@ -250,15 +250,30 @@ class ProxyState:
         if replaced:
             self.take_over(replaced)
         elif kept:
+            self._refuse_shared()
             self.streamer.invalidate(self.layer_idx)
         self._note_left()
+
+    def _refuse_shared(self) -> None:
+        if self.streamer.host_store.is_shared:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: its base weights were changed (a merge, PiSSA, ...), but the processes of "
+                "this machine share one copy of them, and each would change it. Change them in one process, save that "
+                "model, and train from the saved one"
+            )
 
     def _note_left(self) -> None:
         """Remembers where the streamed tensors lie at rest, and their versions."""
         self._left = [(t, self.host_views[t.name].data_ptr(), self.registered(t)._version) for t in self.streamed]
 
     def take_over(self, changed: list[StreamedTensor]) -> None:
-        """Copies replaced tensors into the store and registers the store's memory again."""
+        """Copies replaced tensors into the store and registers the store's memory again.
+
+        Raises:
+            RuntimeError: Other processes read the same memory.
+            ValueError: A tensor has another shape or dtype than the store's.
+        """
+        self._refuse_shared()
         wrong = [
             f"{t.name}: {self.registered(t).dtype} {tuple(self.registered(t).shape)}, expected "
             f"{self.host_views[t.name].dtype} {tuple(self.host_views[t.name].shape)}"

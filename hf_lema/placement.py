@@ -30,6 +30,7 @@ from hf_lema.host_memory import available_host_bytes
 from hf_lema.host_store import DiskStore, HostStore, RamStore
 from hf_lema.layer_proxy import StreamedTensor, rest
 from hf_lema.layout import LayerLayout, PackedMatrix, make_layout
+from hf_lema.local_ranks import LocalGroup, Offer, share
 from hf_lema.pack import PackIndex
 from hf_lema.packing import cached_pack, find_pack
 from hf_lema.source import CheckpointSource
@@ -156,6 +157,7 @@ def choose_store(
     device: torch.device,
     source: CheckpointSource | None,
     pack: PackIndex | None = None,
+    is_shared: bool = False,
 ) -> HostStore:
     """The RAM tier where the layers fit the budget, else the disk tier.
 
@@ -165,6 +167,7 @@ def choose_store(
         device: Where layers compute.
         source: The checkpoint that the layers come from; None for a model that is already in memory.
         pack: The layers in a pack; if None, one is made where the disk tier needs one.
+        is_shared: Whether other processes will map the RAM tier's memory.
 
     Raises:
         ValueError: A model that is already in memory does not fit the stated ``ram_budget``.
@@ -175,7 +178,7 @@ def choose_store(
         # A model that is already in RAM is moved, layer by layer, not copied.
         budget_bytes = needed_bytes if source is None else available_host_bytes() - RAM_HEAD_ROOM_BYTES
     if budget_bytes is not None and needed_bytes <= budget_bytes:
-        return RamStore(layouts, device)
+        return RamStore(layouts, device, is_shared=is_shared)
     if source is None:
         stated = config.ram_budget if budget_bytes is None else format_bytes(budget_bytes)
         raise ValueError(
@@ -202,19 +205,63 @@ def fill_from_model(store: HostStore, streamed: Mapping[int, tuple[LayerLayout, 
     store.seal()
 
 
-def fill_from_checkpoint(
-    store: HostStore, source: CheckpointSource, layers: nn.ModuleList, pack: PackIndex | None = None
-) -> dict[int, tuple[StreamedTensor, ...]]:
-    """Reads the layers into the RAM tier (the disk tier needs nothing) and registers the weights at rest.
+def store_from_checkpoint(
+    layouts: Mapping[int, LayerLayout],
+    config: LemaConfig,
+    device: torch.device,
+    source: CheckpointSource,
+    pack: PackIndex | None = None,
+    group: LocalGroup | None = None,
+) -> HostStore:
+    """The tier that fits, filled; in a group of processes the first chooses and fills, and all map its memory.
 
-    Returns:
-        Layer index -> where each streamed tensor is registered.
+    Args:
+        layouts: The streamed layers.
+        config: The budgets.
+        device: Where layers compute.
+        source: The checkpoint that the layers come from.
+        pack: The layers in a pack.
+        group: The processes of this machine that load the same model; None for a process alone.
+
+    Raises:
+        RuntimeError: The first process failed, or loads another model.
     """
+    if group is None:
+        return _filled(choose_store(layouts, config, device, source, pack), source, pack)
+    stores: list[HostStore] = []
+
+    def make() -> Offer:
+        store = _filled(choose_store(layouts, config, device, source, pack, is_shared=True), source, pack)
+        stores.append(store)
+        return Offer(tier=store.tier, descriptor=store.take_descriptor() if isinstance(store, RamStore) else None)
+
+    def accept(offer: Offer) -> None:
+        if offer.descriptor is None:
+            disk_only = replace(config, ram_budget="min")
+            stores.append(choose_store(layouts, disk_only, device, source, pack))
+        else:
+            store = RamStore(layouts, device, is_shared=True, of=offer.descriptor)
+            store.seal()
+            stores.append(store)
+
+    share(f"{source.identity[:16]}-{config.quantization}", make, accept, group)
+    return stores[0]
+
+
+def _filled(store: HostStore, source: CheckpointSource, pack: PackIndex | None) -> HostStore:
     if isinstance(store, RamStore):
         if pack is None and source.needs_conversion:
             pack = find_pack(source)
         _fill_slab(store, source, pack)
-    source.close()
+    return store
+
+
+def register_at_rest(store: HostStore, layers: nn.ModuleList) -> dict[int, tuple[StreamedTensor, ...]]:
+    """Registers the store's tensors in the model.
+
+    Returns:
+        Layer index -> where each streamed tensor is registered.
+    """
     packs_linears = any(layout.packed for layout in store.layouts.values())
     places = {}
     for layer_idx, layout in store.layouts.items():

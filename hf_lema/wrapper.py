@@ -33,6 +33,7 @@ from hf_lema.layer_proxy import (
     ungraft_layer,
 )
 from hf_lema.loading import build_skeleton, find_decoder_layers
+from hf_lema.local_ranks import LocalGroup
 from hf_lema.loss import ChunkedLoss
 from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.micro_batch import MicroBatches
@@ -40,10 +41,11 @@ from hf_lema.outside import MIN_PIECE_BYTES, OutsideWeights
 from hf_lema.packing import given_pack
 from hf_lema.placement import (
     choose_store,
-    fill_from_checkpoint,
     fill_from_model,
     is_packed,
     pack_linears,
+    register_at_rest,
+    store_from_checkpoint,
     streamed_tensors,
 )
 from hf_lema.planner import best_plan
@@ -136,7 +138,8 @@ class LemaModelWrapper(nn.Module):
         """Builds a causal language model from its checkpoint without ever holding it whole on the device.
 
         Decoder layers go straight into host memory, or stay in their files where host memory is too small; embedding,
-        head and final norm go to the device. Every parameter is frozen.
+        head and final norm go to the device. Every parameter is frozen. Under torchrun or ``accelerate launch`` the
+        processes of a machine share one copy of the layers, which the first of them loads.
 
         Args:
             name_or_path: Hub id or folder with safetensors files.
@@ -172,8 +175,9 @@ class LemaModelWrapper(nn.Module):
         layouts = {layout.layer_idx: layout for layout in skeleton.source.layouts}
         with skeleton.source:
             given = None if pack is None else given_pack(pack, skeleton.source)
-            store = choose_store(layouts, config, target, source=skeleton.source, pack=given)
-            places = fill_from_checkpoint(store, skeleton.source, layers, given)
+            group = LocalGroup.find()
+            store = store_from_checkpoint(layouts, config, target, skeleton.source, given, group)
+        places = register_at_rest(store, layers)
         streamer = LayerStreamer(store, target, len(layers), config.num_slots)
         _assemble(lm, list(layers), places, streamer, config)
         try:

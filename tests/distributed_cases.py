@@ -18,7 +18,9 @@ from models import (
     STOCK,
     WRAP_THEN_PEFT,
     RecordingTrainer,
+    adapt,
     arguments,
+    build,
     closing,
     enable_checkpointing,
     examples,
@@ -28,6 +30,9 @@ from models import (
     trainables,
 )
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from hf_lema import LemaModelWrapper, get_streamer
 
 RANK = int(os.environ["RANK"])
 ORDERS = {"stock": STOCK, "wrap-peft": WRAP_THEN_PEFT, "peft-wrap": PEFT_THEN_WRAP}
@@ -93,7 +98,43 @@ def accelerate_loop(order: str, folder: Path) -> dict[str, Any]:
         return {"losses": torch.stack(losses), "trainables": trainables(model)}
 
 
-CASES = {case.__name__: case for case in (unused, used, resumed, accelerate_loop)}
+def memory_of(tensor: torch.Tensor) -> tuple[str, int]:
+    """(name, inode) of the mapping that a tensor lies in."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return line.split()[-2 if line.endswith("(deleted)") else -1], int(line.split()[4])
+    raise AssertionError("the tensor lies in no mapping")
+
+
+def loaded(order: str, folder: Path) -> dict[str, Any]:
+    """A model from its checkpoint; streamed, all ranks map one copy of the layers."""
+    base = folder.with_name("base")
+    if RANK == 0 and not base.exists():
+        build().save_pretrained(base)
+    Accelerator(cpu=True).wait_for_everyone()
+    found: dict[str, Any] = {}
+    if order == "stock":
+        model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        peft = adapt(model, lora(lora_dropout=0.1))
+        enable_checkpointing(peft)
+    else:
+        model = LemaModelWrapper.from_pretrained(str(base), device="cpu", attn_implementation="eager")
+        peft = adapt(model, lora(lora_dropout=0.1))
+        found["memory"] = memory_of(model.model.layers[2].mlp.up_proj.base_layer.weight)
+        if order == "peft-wrap":  # the second model of the launch; a merge into what others read is refused
+            try:
+                peft.merge_adapter()
+            except RuntimeError as error:
+                found["refused"] = str(error)
+            peft = None
+            get_streamer(model).close()
+            return found
+    with closing(peft):
+        return found | asdict(train(peft, folder, **SETTINGS))
+
+
+CASES = {case.__name__: case for case in (unused, used, resumed, accelerate_loop, loaded)}
 
 
 def main() -> None:

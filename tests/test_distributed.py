@@ -54,7 +54,7 @@ def assert_all_equal(folder: Path, num_processes: int, case: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, 2, *CASES)
+    launch(folder, 2, *CASES, "loaded")
     return folder
 
 
@@ -67,6 +67,23 @@ def test_a_checkpoint_is_written_once_and_holds_what_stock_writes(two_processes:
     stock, streamed = (torch.load(two_processes / f"resumed-{order}-0.pt") for order in ("stock", "wrap-peft"))
     assert streamed["files"] == stock["files"]
     assert "adapter_model.safetensors" in stock["files"]
+
+
+def test_processes_that_load_a_checkpoint_share_one_copy_and_train_as_stock_does(two_processes: Path) -> None:
+    stock, streamed = (
+        [torch.load(two_processes / f"loaded-{order}-{rank}.pt") for rank in (0, 1)] for order in ("stock", "wrap-peft")
+    )
+    memory = [found.pop("memory") for found in streamed]
+    assert memory[0] == memory[1]
+    assert "memfd:hf_lema" in memory[0][0]
+    for rank in (0, 1):
+        assert_equal(streamed[rank], stock[rank], f"rank {rank}")
+
+
+def test_a_merge_into_weights_that_other_processes_read_is_refused(two_processes: Path) -> None:
+    for rank in (0, 1):
+        found = torch.load(two_processes / f"loaded-peft-wrap-{rank}.pt")
+        assert "share one copy" in found["refused"]
 
 
 @pytest.mark.slow
