@@ -5,7 +5,7 @@ that ``--help`` answers at once.
 
 To add a command: one function that declares its arguments and sets ``run``, and one line in `COMMANDS`.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error that the message explains or a problem that doctor found, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from hf_lema.units import format_bytes
 
 Result = Mapping[str, Any]
-"""What a command has to say: ``text`` for a person, the rest for ``--json``."""
+"""What a command has to say: ``text`` for a person, ``exit_code`` where it is not 0, the rest for ``--json``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hf-lema: interrupted, nothing is left half done", file=sys.stderr)
         return 130
-    text = result.pop("text")
+    text, exit_code = result.pop("text"), int(result.pop("exit_code", 0))
     print(text, flush=True)
     if arguments.json:
         print(json.dumps(result), flush=True)
-    return 0
+    return exit_code
 
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +195,32 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
     return {"text": format_comparison(comparison), **comparison_as_dict(comparison)}
 
 
+def _declare_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", metavar="RESULTS", nargs="+", help="results.json of duels, .jsonl of bench_step.py")
+    parser.add_argument("--html", metavar="FILE", help="one page that opens without a network")
+    parser.add_argument("--markdown", metavar="FILE", help="the same table and verdict as Markdown")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments: argparse.Namespace) -> Result:
+    from hf_lema.report_files import make_report
+
+    report = make_report(arguments.results, html=arguments.html, markdown=arguments.markdown)
+    return {"text": report.format(), **report.to_dict()}
+
+
+def _declare_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", metavar="FOLDER", help="whose disk is timed, by reading a file in it")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(arguments: argparse.Namespace) -> Result:
+    from hf_lema.doctor import diagnose, exit_status, findings_as_dict, format_findings
+
+    findings = diagnose(arguments.folder)
+    return {"text": format_findings(findings), "exit_code": exit_status(findings), **findings_as_dict(findings)}
+
+
 def _add_quantization(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quantization", choices=("nf4",), help=what)
     parser.add_argument("--no-double-quantization", action="store_true", help="keep the scales of 4-bit blocks in fp32")
@@ -227,6 +253,17 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
         "  hf-lema pack deepseek-ai/deepseek-llm-7b-base deepseek-7b-safetensors\n"
         "  hf-lema pack NousResearch/Llama-2-7b-hf llama.nf4.lema.safetensors --quantization nf4",
         _declare_pack,
+    ),
+    "report": (
+        "Show the results of duels and benches: the verdict, the table, and a page to look at.",
+        "  hf-lema report duel-output/results.json --html report.html\n"
+        "  hf-lema report recipes/results/h100-7b-fp16-c.jsonl --html h100.html --markdown h100.md",
+        _declare_report,
+    ),
+    "doctor": (
+        "Say what this machine has, what stands in the way of training on it, and what to do about it.",
+        "  hf-lema doctor --folder ~/.cache/huggingface\n  hf-lema doctor --json",
+        _declare_doctor,
     ),
 }
 """Name -> what it does, examples, and the function that declares its arguments."""

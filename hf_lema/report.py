@@ -19,9 +19,12 @@ from hf_lema.units import format_bytes, to_gib
 from hf_lema.verdict import NOISE_RULE, Comparison, Verdict, step_median_and_spread_s, verdict
 
 __all__ = [
+    "BASELINE_NAME",
+    "COLUMNS",
     "CURVE_RULE",
     "NOISE_RULE",
     "STATUSES",
+    "Column",
     "Comparison",
     "ContenderResult",
     "Row",
@@ -120,8 +123,15 @@ def _row(result: ContenderResult, baseline: ContenderResult | None) -> Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Column:
-    """A column: its head, the field of `Row` that it shows, how, and whether it is shown on the terminal too."""
+class Column:
+    """A column of the table.
+
+    Attributes:
+        head: Its head, with the unit.
+        field: The field of `Row` that it shows.
+        write: How.
+        is_brief: Whether it is shown on the terminal too.
+    """
 
     head: str
     field: str
@@ -137,26 +147,26 @@ def _write_rate(per_s: float) -> str:
     return f"{per_s:.1f}" if per_s < 100 else f"{per_s:.0f}"
 
 
-_COLUMNS = (
-    _Column(head="contender", field="name", write=str),
-    _Column(head="status", field="status", write=lambda status: str(status).replace("_", " ")),
-    _Column(head="loss first", field="loss_first", write="{:.4f}".format),
-    _Column(head="loss last", field="loss_last", write="{:.4f}".format),
-    _Column(head="step s", field="step_median_s", write="{:.3f}".format),
-    _Column(head="spread s", field="step_spread_s", write="{:.3f}".format),
-    _Column(head="tokens/s", field="tokens_per_s", write=_write_rate),
-    _Column(head="VRAM GiB", field="vram_allocated_peak_bytes", write=_write_gib),
-    _Column(head="VRAM reserved GiB", field="vram_reserved_peak_bytes", write=_write_gib, is_brief=False),
-    _Column(head="VRAM process GiB", field="vram_process_peak_bytes", write=_write_gib, is_brief=False),
-    _Column(head="RAM GiB", field="ram_private_above_imports_peak_bytes", write=_write_gib),
-    _Column(head="resident GiB", field="ram_resident_above_imports_peak_bytes", write=_write_gib),
-    _Column(head="file pages GiB", field="ram_file_peak_bytes", write=_write_gib, is_brief=False),
-    _Column(head="moved GiB/step", field="h2d_per_step_bytes", write=_write_gib, is_brief=False),
+COLUMNS = (
+    Column(head="contender", field="name", write=str),
+    Column(head="status", field="status", write=lambda status: str(status).replace("_", " ")),
+    Column(head="loss first", field="loss_first", write="{:.4f}".format),
+    Column(head="loss last", field="loss_last", write="{:.4f}".format),
+    Column(head="step s", field="step_median_s", write="{:.3f}".format),
+    Column(head="spread s", field="step_spread_s", write="{:.3f}".format),
+    Column(head="tokens/s", field="tokens_per_s", write=_write_rate),
+    Column(head="VRAM GiB", field="vram_allocated_peak_bytes", write=_write_gib),
+    Column(head="VRAM reserved GiB", field="vram_reserved_peak_bytes", write=_write_gib, is_brief=False),
+    Column(head="VRAM process GiB", field="vram_process_peak_bytes", write=_write_gib, is_brief=False),
+    Column(head="RAM GiB", field="ram_private_above_imports_peak_bytes", write=_write_gib),
+    Column(head="resident GiB", field="ram_resident_above_imports_peak_bytes", write=_write_gib),
+    Column(head="file pages GiB", field="ram_file_peak_bytes", write=_write_gib, is_brief=False),
+    Column(head="moved GiB/step", field="h2d_per_step_bytes", write=_write_gib, is_brief=False),
 )
 _MAX_VERDICT_CHARS = 100
 
 
-def _cells(rows: Sequence[Row], columns: Sequence[_Column]) -> list[list[str]]:
+def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
     """Head and body as text, without the columns in which no row has a figure."""
     shown = [column for column in columns if any(getattr(row, column.field) is not None for row in rows)]
     table = [[column.head for column in shown]]
@@ -173,7 +183,7 @@ def format_table(rows: Sequence[Row], baseline_name: str = BASELINE_NAME) -> str
     """
     if not rows:
         return "no contender"
-    table = _cells(rows, [column for column in _COLUMNS if column.is_brief])
+    table = _cells(rows, [column for column in COLUMNS if column.is_brief])
     widths = [max(len(line[idx]) for line in table) for idx in range(len(table[0]))]
     # The first two columns are words and the rest are figures.
     align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
@@ -232,7 +242,7 @@ def write_markdown(
 
 
 def _results_section(rows: Sequence[Row], baseline_name: str) -> list[str]:
-    head, *body = _cells(rows, _COLUMNS)
+    head, *body = _cells(rows, COLUMNS)
     alignment = [":--", ":--", *("--:" for _ in head[2:])]
     table = "\n".join(_markdown_line(cells) for cells in (head, alignment, *body))
     legend = (

@@ -2,11 +2,16 @@
 
     python recipes/compare_peft.py                       a real model and real examples, six minutes on two CPU cores
     python recipes/compare_peft.py --quick               a smoke run of about a minute
+    python recipes/compare_peft.py --scenario t4-7b      a job from scenarios/
     python recipes/compare_peft.py --model NousResearch/Llama-2-7b-hf --batch-size 8 --seq-len 512 --vram-limit 16GiB
 
 All contenders get the same training arguments, adapter, seed, data order and batches; a hash of the batches and one of
-the fresh adapter are compared. One that fails or runs out of memory is a row that says so. The table goes to the
-terminal; results.json, report.md and the plots go to --output-dir.
+the fresh adapter are compared. One that fails or runs out of memory is a row that says so, and one whose package is
+missing says how to install it. What a contender is stands in contenders/, one small file each.
+
+The table goes to the terminal; report.html, report.md, results.json and the plots go to --output-dir. Runs that are
+done are kept there: the same command again goes on where it was interrupted, --runs 3 adds what is lacking to three
+runs of each, --fresh repeats. Runs of other settings, versions, sources or machines stay apart and do not count.
 """
 
 from __future__ import annotations
@@ -16,83 +21,28 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from apart import checkpoint_apart, environment_apart
 from contender_process import Outcome, as_json, run_contender
-from default_model import ModelSource, resolve_model
+from contender_spec import ContenderSpec
+from default_model import ModelSource, cache_folder, resolve_model
+from duel_options import CONTENDERS, QUICK, command_of, parse_arguments
+from duel_runs import KeptRuns
 
+from hf_lema.contender import ContenderResult
+from hf_lema.duel_record import duel_from_json
+from hf_lema.headline import headline
+from hf_lema.page import write_page
 from hf_lema.report import NOISE_RULE, format_table, summarize, write_markdown, write_plots
-from hf_lema.units import format_bytes, parse_bytes
+from hf_lema.units import format_bytes
 
-CONTENDERS = ("peft", "qlora", "lema", "lema-auto")
-ALL_CONTENDERS = (*CONTENDERS, "lema-nf4")
-QUICK = {"batch_size": 1, "max_steps": 4}
+__all__ = ["CONTENDERS", "QUICK", "main", "parse_arguments"]
+
+SHAPE_PREFIX = "shape:"
 NUM_WARMUP_STEPS = 2
 NUM_STEPS_A_LINE = 4
 """Where the output is not a terminal, one progress line is printed for so many steps."""
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the options.
-
-    Raises:
-        SystemExit: An option cannot be used; the message says why.
-    """
-    parser = argparse.ArgumentParser(description="train one adapter with stock PEFT, QLoRA and LEMA, and compare")
-    parser.add_argument("--model", help="hub id or folder; by default SmolLM2-135M-Instruct, fetched and cached")
-    parser.add_argument("--dataset", help="hub id, .jsonl or .csv; by default 5,000 [LEMA_REPLY] examples")
-    parser.add_argument("--contenders", nargs="+", type=_names, default=[CONTENDERS], help=", ".join(ALL_CONTENDERS))
-    parser.add_argument("--batch-size", type=_positive, default=2)
-    parser.add_argument("--seq-len", type=_positive, default=96, help="tokens an example")
-    parser.add_argument("--max-steps", type=_positive, default=12)
-    parser.add_argument("--lora-rank", type=_positive, default=16, help="alpha is twice the rank")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--vram-limit", type=_byte_size, help="hold every contender to a smaller card, such as 16GiB")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("duel-output"))
-    parser.add_argument("--quick", action="store_true", help="a smoke run: one example a step, four steps")
-    parser.add_argument("--limit-s", type=_positive, default=6 * 3600, help="a contender that takes longer is stopped")
-    if parser.parse_known_args(argv)[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    args.contenders = list(dict.fromkeys(name for names in args.contenders for name in names))
-    args.device = _choose_device(args.device, parser)
-    if args.vram_limit is not None and args.device == "cpu":
-        parser.error("--vram-limit needs a GPU; this duel runs on the CPU")
-    return args
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    unknown = [name for name in names if name not in ALL_CONTENDERS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no contender {', '.join(unknown)}; there are {', '.join(ALL_CONTENDERS)}")
-    return names
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def _byte_size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _choose_device(wanted: str, parser: argparse.ArgumentParser) -> str:
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        parser.error("--device cuda: torch sees no GPU here")
-    return wanted if wanted != "auto" else ("cuda" if has_gpu else "cpu")
 
 
 @dataclass
@@ -123,39 +73,75 @@ class ProgressLine:
         print(f"{chr(13) if self.is_terminal else ''}{self.head} {state} ({outcome.wall_s:.0f} s in all)".ljust(100))
 
 
+def resolve_source(args: argparse.Namespace) -> ModelSource:
+    """The model; for ``shape:...`` a checkpoint of random weights, written once and cached.
+
+    Raises:
+        ValueError: There is no such shape.
+    """
+    if args.model is None or not args.model.startswith(SHAPE_PREFIX):
+        return resolve_model(args.model)
+    from bench_shapes import SHAPES
+
+    shape = args.model.removeprefix(SHAPE_PREFIX)
+    if shape not in SHAPES:
+        raise ValueError(f"no shape {shape}; there are {', '.join(SHAPES)}")
+    folder = checkpoint_apart(shape, args.precision, args.device, cache_folder() / "shapes")
+    return ModelSource(name_or_path=str(folder), label=f"{shape} shape, random weights", is_random=True)
+
+
+def job_of(args: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+    """What is asked for, the same for all contenders: the fields of ``contender.Task`` but the contender's own."""
+    return {
+        "model": source.name_or_path,
+        "dataset": args.dataset,
+        "seq_len": args.seq_len,
+        "batch_size": args.batch_size,
+        "max_steps": args.max_steps,
+        "num_warmup_steps": min(NUM_WARMUP_STEPS, args.max_steps - 1),
+        "lora_rank": args.lora_rank,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "device": args.device,
+        "vram_limit_bytes": args.vram_limit,
+        "precision": args.precision,
+    }
+
+
 def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
-    """Runs the contenders one after the other, each alone on the device."""
+    """Runs the contenders one after the other, each alone on the device; what is done already is not repeated."""
+    job = job_of(args, source)
+    runs = KeptRuns(args.output_dir, job, environment_apart())
     outcomes = []
-    for number, name in enumerate(args.contenders, start=1):
-        folder = args.output_dir / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in ("result.json", "telemetry.jsonl"):
-            (folder / stale).unlink(missing_ok=True)
+    for number, spec in enumerate(args.contenders, start=1):
         line = ProgressLine(
-            head=f"[{number}/{len(args.contenders)}] {name:<9}",
+            head=f"[{number}/{len(args.contenders)}] {spec.name:<9}",
             num_steps=args.max_steps,
             is_terminal=sys.stdout.isatty(),
         )
-        line.begin()
-        task = {
-            "name": name,
-            "model": source.name_or_path,
-            "dataset": args.dataset,
-            "seq_len": args.seq_len,
-            "batch_size": args.batch_size,
-            "max_steps": args.max_steps,
-            "num_warmup_steps": min(NUM_WARMUP_STEPS, args.max_steps - 1),
-            "lora_rank": args.lora_rank,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
-            "device": args.device,
-            "vram_limit_bytes": args.vram_limit,
-            "folder": str(folder),
-        }
-        outcome = run_contender(task, line.show, args.limit_s)
-        line.end(outcome)
-        outcomes.append(outcome)
+        if missing := spec.missing_packages():
+            outcomes.append(_skipped(spec, missing))
+            line.end(outcomes[-1])
+            continue
+        if args.fresh:
+            runs.forget(spec.name)
+        kept = runs.find(spec)
+        if kept:
+            print(f"{line.head} {len(kept)} of {args.runs} runs done before")
+        outcomes += kept
+        for _ in range(len(kept), args.runs):
+            folder = runs.new_folder(spec.name)
+            task = job | {"name": spec.name, "folder": str(folder), "spec": vars(spec)}
+            line.begin()
+            outcomes.append(run_contender(task, line.show, args.limit_s))
+            line.end(outcomes[-1])
+            runs.keep(spec, outcomes[-1], folder)
     return outcomes
+
+
+def _skipped(spec: ContenderSpec, missing: list[str]) -> Outcome:
+    result = ContenderResult(name=spec.name, status="skipped", reason="; ".join(missing))
+    return Outcome(result=result, details={}, environment={}, wall_s=0.0)
 
 
 def settings_of(args: argparse.Namespace, source: ModelSource, outcomes: list[Outcome]) -> dict[str, Any]:
@@ -168,7 +154,7 @@ def settings_of(args: argparse.Namespace, source: ModelSource, outcomes: list[Ou
         "num_examples": finished.get("num_examples"),
         "num_examples_skipped": finished.get("num_examples_skipped"),
         "device": args.device,
-        "precision": finished.get("precision"),
+        "precision": finished.get("precision", args.precision),
         "batch_size": args.batch_size,
         "seq_len": args.seq_len,
         "max_steps": args.max_steps,
@@ -194,39 +180,43 @@ def check_same(outcomes: list[Outcome]) -> list[str]:
         if len(starts) == 1
         else "BEWARE: the contenders did not begin with the same adapter.",
     ]
+    if len({outcome.result.num_trainable for outcome in finished}) > 1:
+        sentences.append("BEWARE: the contenders did not train the same number of parameters.")
     by_end: dict[str, list[str]] = {}
     for outcome in finished:
         by_end.setdefault(outcome.details["adapter_end_sha256"], []).append(outcome.result.name)
+    by_end = {digest: list(dict.fromkeys(names)) for digest, names in by_end.items()}  # a contender's runs are one
     equal = [" and ".join(names) for names in by_end.values() if len(names) > 1]
     return sentences + [f"After the last step the adapters of {names} are equal, bit for bit." for names in equal]
 
 
 def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[Outcome]) -> None:
-    """Prints the table and writes results.json, report.md and the plots."""
-    results = [outcome.result for outcome in outcomes]
-    settings = settings_of(args, source, outcomes)
+    """Writes results.json, prints the table, writes the page, the Markdown and the plots."""
     environment = next((outcome.environment for outcome in outcomes if outcome.environment), None)
-    if environment is None:
-        from hf_lema.telemetry import environment_record
-
-        environment = environment_record()
-    remarks = check_same(outcomes)
-    record = {"settings": settings, "environment": environment, "remarks": remarks}
-    record["contenders"] = [as_json(outcome) for outcome in outcomes]
-    (args.output_dir / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plots = write_plots(results, args.output_dir)
-    write_markdown(results, environment, args.output_dir / "report.md", settings=settings, plots=plots)
-    print(f"\n{format_table(summarize(results))}\n")
-    notes = [f"{result.name}: {note}" for result in results for note in result.notes]
-    print(*remarks, *notes, NOISE_RULE, sep="\n")
-    print(f"\nresults.json, report.md and {', '.join(plot.name for plot in plots)} are in {args.output_dir}")
+    record = {
+        "settings": settings_of(args, source, outcomes),
+        "environment": environment_apart() if environment is None else environment,
+        "remarks": check_same(outcomes),
+        "command": command_of(args),
+        "contenders": [as_json(outcome) for outcome in outcomes],
+    }
+    folder = args.output_dir
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    duel = duel_from_json(record)
+    print(f"\n{headline(duel.results, CONTENDERS[0])}\n\n{format_table(summarize(duel.results))}\n")
+    notes = [f"{result.name}: {note}" for result in duel.results for note in result.notes]
+    print(*duel.remarks, *notes, NOISE_RULE, sep="\n")
+    plots = write_plots(duel.results, folder)
+    write_markdown(duel.results, duel.environment, folder / "report.md", settings=duel.settings, plots=plots)
+    write_page([duel], folder / "report.html")
+    print(f"\nreport.html, report.md, results.json and {', '.join(plot.name for plot in plots)} are in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the duel; returns 0 if at least one contender finished."""
     args = parse_arguments(argv)
     start_s = time.perf_counter()
-    source = resolve_model(args.model)
+    source = resolve_source(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     limit = "" if args.vram_limit is None else f", held to {format_bytes(args.vram_limit)} of VRAM"
     print(f"{source.label}, {args.batch_size} x {args.seq_len} tokens, {args.max_steps} steps, on {args.device}{limit}")

@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from contender_process import PROGRESS_MARK
+from contender_spec import ContenderSpec, load_contender
 from duel_data import prepare_data
-from model_builds import LEMA_CONTENDERS, build_model
+from model_builds import build_model
+from random_data import RANDOM, random_data
 from torch import nn
 from training import LogCallback, TrainingPlan, adapter_sha256, precision_for, stock_trainer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import MemoryTelemetryCallback, get_streamer
@@ -45,7 +47,7 @@ class Task:
     Attributes:
         name: The contender.
         model: Folder or hub id.
-        dataset: As ``--dataset``; None for the reply examples.
+        dataset: As ``--dataset``; None for the reply examples, ``random`` for random tokens.
         seq_len: Tokens an example.
         batch_size: Examples a step.
         max_steps: Optimizer steps.
@@ -56,6 +58,8 @@ class Task:
         device: ``"cpu"`` or ``"cuda"``.
         vram_limit_bytes: Card size to hold torch's allocator to; None for the card's own.
         folder: Where the contender may write; it is the contender's own.
+        precision: A key of ``training.DTYPES``; None for what the device computes best.
+        spec: The fields of its `ContenderSpec`; None for those in the file of its name.
     """
 
     name: str
@@ -71,6 +75,14 @@ class Task:
     device: str
     vram_limit_bytes: int | None
     folder: str
+    precision: str | None = None
+    spec: dict[str, Any] | None = None
+
+    @property
+    def contender(self) -> ContenderSpec:
+        """What makes this contender, on this device."""
+        spec = load_contender(self.name) if self.spec is None else ContenderSpec(**self.spec)
+        return spec.for_device(self.device)
 
     @property
     def result_path(self) -> Path:
@@ -113,10 +125,14 @@ def run(task: Task) -> dict[str, Any]:
         seed=task.seed,
         lora_rank=task.lora_rank,
         learning_rate=task.learning_rate,
-        precision=precision_for(device),
+        precision=task.precision or precision_for(device),
         device_type=device.type,
+        **task.contender.training,
     )
-    data = prepare_data(task.dataset, AutoTokenizer.from_pretrained(task.model), task.seq_len, task.seed)
+    if task.dataset == RANDOM:
+        data = random_data(AutoConfig.from_pretrained(task.model).vocab_size, task.seq_len, task.seed)
+    else:
+        data = prepare_data(task.dataset, AutoTokenizer.from_pretrained(task.model), task.seq_len, task.seed)
     details: dict[str, Any] = {
         "precision": plan.precision,
         "dataset": data.label,
@@ -131,7 +147,7 @@ def run(task: Task) -> dict[str, Any]:
     baseline = read_process_memory()
     start_s = time.perf_counter()
     with MemorySampler() as sampler:
-        model = build_model(task.name, task.model, plan, device)
+        model = build_model(task.contender, task.model, plan, device)
         loading = sampler.take_peak()
     details |= {"load_s": time.perf_counter() - start_s, "ram_imports_private_bytes": baseline.private_bytes}
     details |= {"ram_imports_rss_bytes": baseline.rss_bytes, "ram_loading_rss_peak_bytes": loading.ram_rss_bytes}
@@ -139,7 +155,7 @@ def run(task: Task) -> dict[str, Any]:
     details["adapter_start_sha256"] = adapter_sha256(model)
     settle_memory()
     result, trained = _train(task, plan, model, data.dataset, baseline)
-    if task.name in LEMA_CONTENDERS:
+    if task.contender.build == "lema":
         get_streamer(model).close()
     return {"result": result.to_json(), "details": details | trained, "environment": environment_record()}
 
@@ -154,7 +170,7 @@ def _train(
         print(PROGRESS_MARK + json.dumps(figures), flush=True)
 
     log = LogCallback(show)
-    trainer, collator = stock_trainer(model, plan, dataset, Path(task.folder), log)
+    trainer, collator = stock_trainer(model, plan, dataset, Path(task.folder), log, **task.contender.arguments)
     telemetry = MemoryTelemetryCallback.attach(
         trainer,
         Path(task.folder) / "telemetry.jsonl",
@@ -170,7 +186,7 @@ def _train(
         "adapter_end_sha256": adapter_sha256(model),
         "device_seen": str(trainer.args.device),
     }
-    if task.name in LEMA_CONTENDERS:
+    if task.contender.build == "lema":
         details |= streamer_details(model)
     result = make_result(task, model, log, telemetry, baseline, collator.digest(task.max_steps))
     return dataclasses.replace(result, notes=_notes(details)), details

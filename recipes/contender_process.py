@@ -119,7 +119,7 @@ def _environment(task: dict[str, Any]) -> dict[str, str]:
         # a step of the default duel took 25 to 74 s so, and 7 to 20 s with threads that sleep: spinning would measure
         # the neighbours. It holds for every contender, and a value that the user set is kept.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-    return environment
+    return environment | (task.get("spec") or {}).get("environment", {})
 
 
 def _follow(process: subprocess.Popen[str], log: Any, losses: list[float], on_progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""How each contender gets its model: stock, 4-bit, or streamed. The one recipe file that knows the contenders' names.
+"""How each contender gets its model: stock, 4-bit, or streamed, as its file in contenders/ says.
 
 Knows transformers, peft, bitsandbytes (imported when needed) and hf_lema. Does not know how they are trained.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from contender_spec import ContenderSpec, known_contenders, load_contender
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from training import DTYPES, TrainingPlan, add_adapter
@@ -15,25 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_lema import LemaConfig, LemaModelWrapper
 
-DUEL_CONTENDERS = ("peft", "qlora", "lema", "lema-auto", "lema-nf4")
-LEMA_CONTENDERS = ("lema", "lema-auto", "lema-nf4")
-
-
-def lema_config(name: str, device: torch.device) -> LemaConfig:
-    """``lema`` is at the least VRAM, and on a machine without a GPU at the least RAM: layers stream from disk.
-
-    ``lema-nf4`` is the same with the layers of ``qlora``. ``prepare_model_for_kbit_training`` does not prepare it: that
-    would only turn norms, embedding and head to fp32. On a CPU, where they are, the two are equal bit for bit.
-    """
-    if name == "lema-auto":
-        return LemaConfig()
-    quantization = "nf4" if name == "lema-nf4" else None
-    ram_budget = "min" if device.type == "cpu" else "auto"
-    return LemaConfig(vram_budget="min", ram_budget=ram_budget, quantization=quantization)
+LEMA_CONTENDERS = tuple(name for name in known_contenders() if load_contender(name).build == "lema")
+"""Contenders whose model is streamed."""
 
 
 def build_model(
-    name: str,
+    contender: str | ContenderSpec,
     name_or_path: str,
     plan: TrainingPlan,
     device: torch.device,
@@ -43,28 +31,29 @@ def build_model(
     """Loads the model as this contender does and puts the adapter on it.
 
     Args:
-        name: One of ``DUEL_CONTENDERS``.
+        contender: Its spec, or the name of its file in ``contenders/``.
         name_or_path: Folder or hub id.
         plan: Precision, adapter and seed.
         device: Where it trains.
-        config: Budgets of a streamed model; by default those of :func:`lema_config`.
+        config: Budgets of a streamed model; by default those of the contender.
         **kwargs: Passed on to ``from_pretrained``, such as ``attn_implementation``.
 
     Raises:
         ValueError: An unknown contender.
     """
+    spec = load_contender(contender) if isinstance(contender, str) else contender
+    spec = spec.for_device(device.type)
     dtype = DTYPES[plan.precision]
-    if name == "peft":
+    kwargs = {**spec.model, **kwargs}
+    if spec.build == "stock":
         if device.type == "cuda":
             kwargs = {"device_map": {"": device}} | kwargs  # straight to the card, not by way of RAM
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
-    elif name == "qlora":
+    elif spec.build == "4bit":
         model = _load_4bit(name_or_path, dtype, device, plan, **kwargs)
-    elif name in LEMA_CONTENDERS:
-        config = lema_config(name, device) if config is None else config
-        model = LemaModelWrapper.from_pretrained(name_or_path, config=config, dtype=dtype, device=device, **kwargs)
     else:
-        raise ValueError(f"unknown contender {name!r}; known are {', '.join(DUEL_CONTENDERS)}")
+        config = LemaConfig(**spec.lema) if config is None else config
+        model = LemaModelWrapper.from_pretrained(name_or_path, config=config, dtype=dtype, device=device, **kwargs)
     return add_adapter(model, plan)
 
 

@@ -243,3 +243,23 @@ def test_pack_in_4_bits_is_what_the_model_streams_from(tmp_path: Path, capsys: p
     model = LemaModelWrapper.from_pretrained(str(tmp_path / "model"), config, device="cpu", pack=out)
     assert get_streamer(model).host_store.paths == {out}
     get_streamer(model).close()
+
+
+def test_report_reads_a_record_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    record = Path(__file__).parents[1] / "recipes" / "results" / "duel-smollm2-135m-cpu.json"
+    assert cli.main(["report", str(record), "--html", str(tmp_path / "page.html"), "--json"]) == 0
+    assert "against peft" in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!")
+
+
+def test_doctor_exits_with_1_when_something_stands_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_lema import doctor
+
+    for level, code in (("ok", 0), ("warning", 0), ("problem", 1)):
+        finding = doctor.Finding(level=level, topic="card", found="a card", remedy="another one")  # type: ignore[arg-type]
+        monkeypatch.setattr(doctor, "diagnose", lambda folder, finding=finding: (finding,))
+        assert cli.main(["doctor", "--json"]) == code
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_problems"] == code

@@ -263,7 +263,7 @@ def test_options_that_cannot_be_used_are_refused_with_the_reason(options, messag
 def test_quick_changes_defaults_and_not_what_was_asked_for():
     args = compare_peft.parse_arguments(["--quick", "--max-steps", "6", "--contenders", "peft,lema", "qlora"])
     assert (args.batch_size, args.max_steps) == (compare_peft.QUICK["batch_size"], 6)
-    assert args.contenders == ["peft", "lema", "qlora"]
+    assert [spec.name for spec in args.contenders] == ["peft", "lema", "qlora"]
 
 
 def test_cold_measurement_is_refused_without_the_disk_tier(capsys):
@@ -336,6 +336,8 @@ def test_duel_ends_with_a_table_when_one_contender_fails_and_lema_equals_peft(
         model = str(tmp_path / "nowhere") if task["name"] == "qlora" else task["model"]
         return run(task | {"model": model}, on_progress, limit_s)
 
+    pytest.importorskip("plotly")
+    pytest.importorskip("bitsandbytes")  # without it the contender is skipped before it can fail
     monkeypatch.setattr(compare_peft, "run_contender", run_but_break_qlora)
     options = ["--model", str(tiny_folder), "--contenders", "qlora", "peft", "lema", "--quick", "--device", "cpu"]
     folder = tmp_path / "out"
@@ -361,7 +363,22 @@ def test_duel_ends_with_a_table_when_one_contender_fails_and_lema_equals_peft(
     assert "All saw the same batches." in shown
     assert "bit for bit" in shown
     assert str(tmp_path) not in json.dumps([record["settings"], record["environment"]])
-    assert {"report.md", "loss.png", "ram.png", "step_time.png"} <= {path.name for path in folder.iterdir()}
+    written = {"report.html", "report.md", "loss.png", "ram.png", "step_time.png"}
+    assert written <= {path.name for path in folder.iterdir()}
+    assert record["command"].startswith(f"python recipes/compare_peft.py --model {tiny_folder.name} --contenders qlora")
+
+    # The same again: what is done is not repeated, what failed is.
+    started = []
+    monkeypatch.setattr(compare_peft, "run_contender", lambda task, *rest: started.append(task["name"]) or failed(task))
+    assert compare_peft.main([*options, "--seq-len", str(SEQ_LEN), "--output-dir", str(folder)]) == 0
+    assert started == ["qlora"]
+    again = json.loads((folder / "results.json").read_text(encoding="utf-8"))["contenders"]
+    assert again[1:] == record["contenders"][1:]
+
+
+def failed(task: dict) -> contender_process.Outcome:
+    result = contender_process.failed_result(task["name"], 1, "ValueError: no", [])
+    return contender_process.Outcome(result=result, details={}, environment={}, wall_s=0.0)
 
 
 @pytest.mark.slow
