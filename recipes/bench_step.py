@@ -31,7 +31,7 @@ from training import DTYPES, LogCallback, TokenDataset, TrainingPlan, stock_trai
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from hf_lema import LemaConfig, MemoryTelemetryCallback, get_streamer
+from hf_lema import LemaConfig, MemoryTelemetryCallback, StepChoices, get_streamer
 from hf_lema.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
 from hf_lema.units import parse_bytes
 
@@ -61,6 +61,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vram-budget", default="min", help='lema: "auto", "min", "6GiB" or bytes')
     parser.add_argument("--ram-budget", help='lema: "auto", "min", "2.4GiB" or bytes; by default as --tier says')
     parser.add_argument("--num-slots", type=int, default=2, help="lema")
+    parser.add_argument(
+        "--choices", metavar="JSON", help="fields of StepChoices instead of the budget's plan; {} for none"
+    )
     parser.add_argument("--micro-batch-size", type=int, default=0, help="lema: 0 for the whole batch")
     parser.add_argument("--tier", choices=("ram", "disk"), default="ram", help="lema: where layers must stream from")
     parser.add_argument("--checkpoint-dir", type=Path, help="keeps the random checkpoint; by default a temporary one")
@@ -115,6 +118,7 @@ def lema_config(args: argparse.Namespace) -> LemaConfig:
         ram_budget=budgets[1],
         num_slots=args.num_slots,
         micro_batch_size=args.micro_batch_size,
+        choices=None if args.choices is None else StepChoices(**json.loads(args.choices)),
         quantization="nf4" if args.contender == "lema-nf4" else None,
     )
 
