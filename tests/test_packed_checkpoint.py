@@ -350,6 +350,7 @@ for tier in ("auto", "min"):
 """
 
 
+@pytest.mark.slow
 def test_packing_while_loading_holds_the_packed_model_and_two_layers(tmp_path: Path) -> None:
     wide = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 64, "num_key_value_heads": 4}
     for num_layers in (1, 8):

@@ -603,7 +603,7 @@ class AnyOrderOfEnqueuingCalls(AnyOrderOfCalls):
 
 
 RANDOM_SCHEDULES = settings(
-    max_examples=320,
+    max_examples=120,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
@@ -614,4 +614,4 @@ RANDOM_SCHEDULES = settings(
 TestAnyOrderOfCalls = AnyOrderOfCalls.TestCase
 TestAnyOrderOfCalls.settings = RANDOM_SCHEDULES
 TestAnyOrderOfEnqueuingCalls = AnyOrderOfEnqueuingCalls.TestCase
-TestAnyOrderOfEnqueuingCalls.settings = settings(RANDOM_SCHEDULES, max_examples=100)
+TestAnyOrderOfEnqueuingCalls.settings = settings(RANDOM_SCHEDULES, max_examples=60)
