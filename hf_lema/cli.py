@@ -195,6 +195,49 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
     return {"text": format_comparison(comparison), **comparison_as_dict(comparison)}
 
 
+def _declare_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
+    parser.add_argument(
+        "--ram-budget", metavar="BUDGET", default="auto", help='as in LemaConfig; "min" for the disk tier'
+    )
+    _add_quantization(parser, "stream linears in 4 bits")
+    _add_trust(parser)
+    parser.set_defaults(run=_run_check)
+
+
+def _run_check(arguments: argparse.Namespace) -> Result:
+    from peft import LoraConfig, get_peft_model
+
+    from hf_lema.config import LemaConfig
+    from hf_lema.self_check import check_steps
+    from hf_lema.wrapper import LemaModelWrapper, find_check, get_streamer
+
+    config = LemaConfig(
+        vram_budget="min",
+        ram_budget=arguments.ram_budget,
+        quantization=arguments.quantization,
+        double_quantization=not arguments.no_double_quantization,
+        self_check=True,
+    )
+    model = LemaModelWrapper.from_pretrained(
+        arguments.model, config, arguments.dtype, trust_remote_code=arguments.trust_remote_code
+    )
+    vocab_size = model.config.get_text_config().vocab_size
+    peft_model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    num_moved = check_steps(peft_model, vocab_size=vocab_size)
+    check, streamer = find_check(peft_model), get_streamer(peft_model)
+    assert check is not None
+    tier, num_layers = streamer.host_store.tier, streamer.num_layers
+    streamer.close()
+    text = (
+        f"{num_layers} layers, {tier} tier: {check.num_visits} visits run twice, {check.num_equal} equal bit for bit, "
+        f"the others within {check.max_relative_error:.1e}; the adapters moved, the base did not"
+    )
+    figures = {"num_visits": check.num_visits, "num_equal": check.num_equal, "num_trainable": num_moved, "tier": tier}
+    return {"text": text, **figures, "max_relative_error": check.max_relative_error}
+
+
 def _declare_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="RESULTS", nargs="+", help="results.json of duels, .jsonl of bench_step.py")
     parser.add_argument("--html", metavar="FILE", help="one page that opens without a network")
@@ -253,6 +296,12 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
         "  hf-lema pack deepseek-ai/deepseek-llm-7b-base deepseek-7b-safetensors\n"
         "  hf-lema pack NousResearch/Llama-2-7b-hf llama.nf4.lema.safetensors --quantization nf4",
         _declare_pack,
+    ),
+    "check": (
+        "Train a few steps on random tokens and prove that streamed layers give what resident ones give.",
+        "  hf-lema check NousResearch/Llama-2-7b-hf --dtype float16\n"
+        "  hf-lema check mistralai/Mistral-7B-v0.1 --quantization nf4 --ram-budget min",
+        _declare_check,
     ),
     "report": (
         "Show the results of duels and benches: the verdict, the table, and a page to look at.",

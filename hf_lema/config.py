@@ -29,6 +29,8 @@ class LemaConfig:
             stock QLoRA packs; they compute in the model's dtype. None keeps the weights as they are. A checkpoint or
             model that bitsandbytes has packed already is streamed as it is, whatever stands here.
         double_quantization: Whether the scales of the 4-bit blocks are packed too (QLoRA's second quantization).
+        self_check: Whether the first two training visits of every layer are run a second time with its weights fetched
+            plainly, and compared: outputs, gradients, and the base weights before and after.
         choices: How steps are run, for who knows better than the budget; decided by the budget if None.
 
     Raises:
@@ -42,6 +44,7 @@ class LemaConfig:
     micro_batch_size: int = 0
     quantization: str | None = None
     double_quantization: bool = True
+    self_check: bool = False
     choices: StepChoices | None = None
 
     def __post_init__(self) -> None:
@@ -52,8 +55,9 @@ class LemaConfig:
             raise ValueError(f"micro_batch_size must be a number of sequences, 0 for the whole batch, got {size!r}")
         if self.quantization not in (None, "nf4"):
             raise ValueError(f'quantization must be None or "nf4", got {self.quantization!r}')
-        if not isinstance(self.double_quantization, bool):
-            raise ValueError(f"double_quantization must be True or False, got {self.double_quantization!r}")
+        for name in ("double_quantization", "self_check"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.choices is not None and not isinstance(self.choices, StepChoices):
             raise ValueError(f"choices must be StepChoices, such as those of a MemoryPlan, got {self.choices!r}")
         if isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):

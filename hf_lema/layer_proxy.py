@@ -22,6 +22,7 @@ from hf_lema.layout import PackedMatrix
 from hf_lema.recompute import Recompute, Visit, VisitOptions
 from hf_lema.replay import ForwardHooks
 from hf_lema.schedule import Direction
+from hf_lema.self_check import CheckedVisit, SelfCheck
 from hf_lema.streamer import LayerStreamer
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
@@ -109,6 +110,7 @@ class ProxyState:
     Attributes:
         has_trained: Whether a backward has visited the layer.
         on_sweep: Called with batch size and sequence length before a training visit (set on the first layer).
+        check: Runs the first training visits twice, and compares; None for no check.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class ProxyState:
         self.has_trained = False
         self._was_visited = False
         self.on_sweep: Callable[[int, int], None] | None = None
+        self.check: SelfCheck | None = None
         self.host_views = streamer.host_store.host_views(layer_idx) if streamed else {}
         parameters = inspect.signature(self.plain_class.forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
@@ -195,6 +198,28 @@ class ProxyState:
             at_rest = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
             with self.swapped(at_rest, [lent[tensor.name] for tensor in self.streamed]):
                 yield
+
+    @contextmanager
+    def weights_at_rest(self) -> Iterator[None]:
+        """Registers plain copies of the weights at rest, on the device, for the duration of the block."""
+        device = self.streamer.device
+        copies: list[Any] = []
+        for tensor in self.streamed:
+            if tensor.matrix is None:
+                copy = self.host_views[tensor.name].to(device, copy=True)
+                copies.append(nn.Parameter(copy, requires_grad=False))
+            else:
+                from hf_lema.quantization import parameter_over
+
+                parts = {name: self.host_views[name].to(device, copy=True) for name in tensor.matrix.tensors()}
+                copies.append(parameter_over(tensor.matrix, parts))
+        lent = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
+        with self.swapped(lent, copies):
+            yield
+
+    def bytes_at_rest(self) -> list[torch.Tensor]:
+        """The weights at rest, on the host."""
+        return list(self.host_views.values())
 
     @contextmanager
     def swapped(self, entries: Sequence[tuple[dict[str, Any], str, Any]], stand_ins: Sequence[Any]) -> Iterator[None]:
@@ -342,7 +367,8 @@ class ProxyState:
         # By name, so that they can be cut; what lies beyond the names of the signature stays positional.
         num_named = len(self._argument_names) - 1
         named = {**dict(self._named(others[:num_named])), **kwargs}
-        visit = Visit(
+        is_checked = self.check is not None and self.check.wants(self.layer_idx)
+        visit = (CheckedVisit if is_checked else Visit)(
             self,
             others[num_named:],
             named,
@@ -352,6 +378,8 @@ class ProxyState:
             self._options,
             hidden.shape[0],
         )
+        if isinstance(visit, CheckedVisit) and self.check is not None:
+            visit.check = self.check
         held = _held_by_containers(named)
         outputs = Recompute.apply(  # type: ignore[no-untyped-call]
             visit, hidden, *(parameter for _, _, parameter in trainables)

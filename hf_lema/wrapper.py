@@ -52,6 +52,7 @@ from hf_lema.planner import best_plan
 from hf_lema.recompute import VisitOptions
 from hf_lema.rehearsal import UnplannableError
 from hf_lema.residency import VramBudget
+from hf_lema.self_check import SelfCheck
 from hf_lema.step_cost import PlanOptions, StepCost
 from hf_lema.streamer import LayerStreamer
 from hf_lema.token_tiles import TokenTiles
@@ -306,6 +307,9 @@ class _Runtime:
         self.config = config
         self.budget: VramBudget | None = None
         self.options = options
+        self.check = SelfCheck() if config.self_check else None
+        for state in layers:
+            state.check = self.check
         self.outside = OutsideWeights(lm, streamer.device, piece_bytes=max(streamer.layer_bytes, MIN_PIECE_BYTES))
         self.loss = ChunkedLoss(lm, self.plain_class.forward, self.outside)
         streamer.own(options.boundaries)
@@ -447,6 +451,12 @@ def apply_choices(model: nn.Module, choices: StepChoices) -> None:
     """
     get_streamer(model)
     _runtime_of(_find_wrapped(model)).apply(choices)
+
+
+def find_check(model: nn.Module) -> SelfCheck | None:
+    """What the self-check of a wrapped model has counted; None where it is off."""
+    get_streamer(model)
+    return _runtime_of(_find_wrapped(model)).check
 
 
 def get_streamer(model: nn.Module) -> LayerStreamer:

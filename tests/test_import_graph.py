@@ -43,6 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "token_tiles": {"torch"},
     "boundaries": {"torch"},
     "recompute": {"torch"},
+    "self_check": {"torch"},
     "layer_proxy": {"torch"},
     "outside": {"torch", "transformers"},
     "pieced_loss": {"torch"},
@@ -91,7 +92,7 @@ ROOMS: dict[str, set[str]] = {
     "machine_rates": {"torch"},
     "machine_facts": {"torch", "psutil", "packaging"},
     "doctor": set(),
-    "cli": {"torch"},
+    "cli": {"torch", "peft"},
     "__main__": set(),
 }
 ORDER = list(ROOMS)

@@ -23,7 +23,14 @@ PUBLIC_NAMES = {
     "merge_and_save",
 }
 
-CONFIG_FIELDS = {"vram_budget": "auto", "ram_budget": "auto", "num_slots": 2, "micro_batch_size": 0, "choices": None}
+CONFIG_FIELDS = {
+    "vram_budget": "auto",
+    "ram_budget": "auto",
+    "num_slots": 2,
+    "micro_batch_size": 0,
+    "self_check": False,
+    "choices": None,
+}
 CONFIG_FIELDS |= {"quantization": None, "double_quantization": True}
 
 STATS_FIELDS = ("num_hits", "num_demand_loads", "wait_s", "disk_bytes", "h2d_bytes")
