@@ -51,7 +51,8 @@ class OutsideWeights:
         self._buffer: HostBuffer | None = None  # owned
         self._lm = weakref.ref(lm)  # whoever closes this object must not keep the model alive
         self._head = _dense(lm.get_output_embeddings())
-        self._moved: list[nn.Parameter] = []
+        self._moved: list[tuple[nn.Parameter, torch.Tensor]] = []  # each with its tensor on the host
+        self._head_rows: torch.Tensor | None = None  # the head on the host
         self._refused = False
         self.on_host = False
 
@@ -109,31 +110,36 @@ class OutsideWeights:
             return
         for weight, view in zip(weights, views, strict=True):
             weight.data = device_view(view, self._device)
-        self._buffer, self._moved = buffer, weights
+        self._buffer, self._moved = buffer, list(zip(weights, views, strict=True))
         self.on_host = True
         head = self._head
-        if head is not None and any(head._parameters["weight"] is weight for weight in weights):
-            head.__dict__["forward"] = self._head_forward
+        for weight, view in self._moved:
+            if head is not None and head._parameters["weight"] is weight:
+                self._head_rows = view
+                head.__dict__["forward"] = self._head_forward
 
     def move_to_device(self) -> None:
         """Moves the weights back. Only between steps."""
         if self.on_host:
-            self._leave_host(lambda weight: weight.data.clone())
+            self._leave_host(lambda view: view.to(self._device, copy=True))
 
     def close(self) -> None:
         """Gives the page-lock back; the weights stay readable on the host. May be called any number of times."""
         if self.on_host:
-            self._leave_host(lambda weight: weight.data.cpu() if self._device.type == "cuda" else weight.data)
+            self._leave_host(lambda view: view)
 
-    def _leave_host(self, moved: Callable[[nn.Parameter], torch.Tensor]) -> None:
-        for weight in self._moved:
-            weight.data = moved(weight)
+    def _leave_host(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for weight, view in self._moved:
+            weight.data = moved(view)
         if self._head is not None:
             self._head.__dict__.pop("forward", None)
         assert self._buffer is not None
+        computed = make_event(self._device)
+        computed.record()
+        computed.synchronize()  # a lookup may still read the memory; rare, and never inside a visit
         self._copies.synchronize()
         self._buffer.close()
-        self._buffer, self._moved, self.on_host = None, [], False
+        self._buffer, self._head_rows, self._moved, self.on_host = None, None, [], False
 
     # ---- the head ----
 
@@ -157,12 +163,12 @@ class OutsideWeights:
         bounds = [(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]
         if backwards:
             bounds.reverse()
-        coming = self._fetch(weight, *bounds[0])
+        coming = self._fetch(*bounds[0])
         for i, (begin, end) in enumerate(bounds):
             rows, ready = coming
             ready.wait()
             if i + 1 < len(bounds):
-                coming = self._fetch(weight, *bounds[i + 1])
+                coming = self._fetch(*bounds[i + 1])
             with self._registered(rows, bias[begin:end] if bias is not None else None):
                 yield begin, end
             del rows
@@ -173,11 +179,13 @@ class OutsideWeights:
         head: Any = self._head
         bias = head._parameters.get("bias")
         # A copy: the weights may move back to the device while it is registered.
-        with self._registered(head._parameters["weight"].data[:1].clone(), None if bias is None else bias[:1]):
+        assert self._head_rows is not None
+        with self._registered(self._head_rows[:1].to(self._device, copy=True), None if bias is None else bias[:1]):
             yield
 
-    def _fetch(self, weight: nn.Parameter, begin: int, end: int) -> tuple[torch.Tensor, Any]:
-        source = weight.data[begin:end]
+    def _fetch(self, begin: int, end: int) -> tuple[torch.Tensor, Any]:
+        assert self._head_rows is not None
+        source = self._head_rows[begin:end]
         rows = torch.empty(source.shape, dtype=source.dtype, device=self._device)
         allocated, ready = make_event(self._device), make_event(self._device)
         allocated.record()  # the memory may still be read by what had it before
@@ -214,7 +222,7 @@ class OutsideWeights:
             trained: torch.Tensor = type(head).forward(head, *args, **kwargs)
             return trained
         if torch.is_grad_enabled():
-            rows, ready = self._fetch(head._parameters["weight"], 0, head._parameters["weight"].shape[0])
+            rows, ready = self._fetch(0, self.num_rows)
             ready.wait()
             with self._registered(rows, head._parameters.get("bias")):
                 whole: torch.Tensor = type(head).forward(head, *args, **kwargs)
