@@ -35,6 +35,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
     ("boundaries", "_Arrival.__init__", "torch.empty"): "two buffers, made again only for a longer batch",
     ("boundaries", "Boundaries._close_slabs", "synchronize"): "end of a life, or of a buffer that was too small",
+    ("layer_proxy", "ProxyState.weights_at_rest", "to"): "in a visit that is checked alone, on request",
     ("layer_proxy", "ProxyState._promote", "to"): "once, when a base tensor is unfrozen",
     ("layer_proxy", "ProxyState._bring_to_device", "to"): "once, at the first visit after an adapter was added",
 }
