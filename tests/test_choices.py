@@ -13,6 +13,7 @@ from models import (
     NUM_LAYERS,
     ORDERS,
     STOCK,
+    TRANSFORMERS_5,
     assert_same_run,
     assert_same_tensors,
     batch,
@@ -60,8 +61,10 @@ def test_training_with_boundaries_in_ram_is_equal_step_by_step(tmp_path: Path) -
 def test_every_saving_at_once_differs_by_rounding_alone(architecture: str) -> None:
     rows = batch(5)
     fields = {"attn_pdrop": 0.0, "resid_pdrop": 0.0} if architecture == "gpt2" else {}
+    # Before transformers 5 Mixtral's experts also return what their router decided, and do not run in tiles.
+    tile_tokens = 10 if TRANSFORMERS_5 or architecture != "mixtral" else 0
     saving = StepChoices(
-        micro_batch_size=2, tile_tokens=10, boundaries_in_ram=True, outside_in_ram=True, resident_layers=(2,)
+        micro_batch_size=2, tile_tokens=tile_tokens, boundaries_in_ram=True, outside_in_ram=True, resident_layers=(2,)
     )
     results = []
     for choices in (StepChoices(), saving):

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from models import TRANSFORMERS_5
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
-CASES = ("unused", "used", "resumed", "accelerate_loop")
+# Trainer of transformers 4 cannot resume on several CPU processes: it asks torch for the device "cpu:0".
+CASES = ("unused", "used", *(("resumed",) if TRANSFORMERS_5 else ()), "accelerate_loop")
 SCRIPT = Path(__file__).with_name("distributed_cases.py")
 
 
@@ -63,6 +65,7 @@ def test_two_processes_give_what_stock_gives_under_ddp(case: str, two_processes:
     assert_all_equal(two_processes, 2, case)
 
 
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="Trainer of transformers 4 cannot resume on several CPU processes")
 def test_a_checkpoint_is_written_once_and_holds_what_stock_writes(two_processes: Path) -> None:
     stock, streamed = (torch.load(two_processes / f"resumed-{order}-0.pt") for order in ("stock", "wrap-peft"))
     assert streamed["files"] == stock["files"]
