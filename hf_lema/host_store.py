@@ -107,6 +107,11 @@ class HostStore(abc.ABC):
         return self._ring.pinned_bytes if self._ring is not None else 0
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of RAM that the layers take."""
+        return 0
+
+    @property
     def paths(self) -> frozenset[Path]:
         """Files that layers are read from at every visit."""
         return frozenset()
@@ -233,8 +238,7 @@ class RamStore(HostStore):
         return self._slab.pinned_bytes > 0
 
     @property
-    def slab_bytes(self) -> int:
-        """Bytes of all layers."""
+    def held_bytes(self) -> int:
         return self._slab.nbytes
 
     def layer_buffer(self, layer_idx: int) -> torch.Tensor:
@@ -249,7 +253,7 @@ class RamStore(HostStore):
         self._open_ring()
         if self._ring is not None and self._ring.pinned_bytes:
             warnings.warn(
-                f"page-locking {format_bytes(self.slab_bytes)} of host memory was refused; copies to the GPU go "
+                f"page-locking {format_bytes(self.held_bytes)} of host memory was refused; copies to the GPU go "
                 f"through a page-locked ring of {format_bytes(self._ring.pinned_bytes)}. {PAGE_LOCK_ADVICE}",
                 stacklevel=2,
             )

@@ -185,11 +185,14 @@ class VramBudget:
         """Plans with so many bytes less; whether there is another way to run."""
         assert self._planned_bytes is not None
         choices = self._choices
-        while choices == self._choices:
+        # A model that cannot be planned gets the same answer whatever is left.
+        while choices == self._choices and self._planned_bytes > excess_bytes:
             self._planned_bytes -= excess_bytes
             try:
                 choices = replace(self._plan(*self._shape, self._planned_bytes), resident_layers=())
             except ValueError:  # what takes least is running already
                 return False
+        if choices == self._choices:
+            return False
         self._run_as(choices)
         return True

@@ -24,6 +24,7 @@ from hf_lema.boundaries import Boundaries
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
 from hf_lema.device_rates import rates_of
+from hf_lema.host_memory import available_host_bytes
 from hf_lema.layer_proxy import (
     COPY_MESSAGE,
     LayerProxy,
@@ -354,6 +355,8 @@ class _Runtime:
             micro_batch_size=config.micro_batch_size or None,
             quantization="nf4" if self._is_packed else None,
             double_quantization=config.double_quantization,
+            # The layers have their RAM already; what is free comes on top of it.
+            ram_bytes=available_host_bytes() + self.streamer.host_store.held_bytes,
         )
         try:
             if self._costs.get("shape") != (batch_size, seq_len):

@@ -29,6 +29,7 @@ from models import (
 from hf_lema import LemaConfig
 from hf_lema.choices import StepChoices
 from hf_lema.device_rates import DATA_SHEETS
+from hf_lema.placement import RAM_HEAD_ROOM_BYTES
 from hf_lema.wrapper import apply_choices, find_streamer
 
 pytestmark = pytest.mark.integration
@@ -171,6 +172,9 @@ def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
         with pytest.raises(ValueError, match="least that works"):
             runtime._plan(4, 16, 2**20)
         assert torch.equal(torch.get_rng_state(), before)
+        # The RAM that the layers hold is theirs: a machine that has little left beside them is no reason to refuse.
+        monkeypatch.setattr("hf_lema.wrapper.available_host_bytes", lambda: RAM_HEAD_ROOM_BYTES)
+        assert runtime._plan(4, 16, 2**30).resident_layers == tuple(range(NUM_LAYERS))
 
 
 def test_a_model_that_cannot_be_planned_says_so_and_runs_on_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,7 +220,7 @@ def test_ram_store_gives_every_layers_bytes(tmp_path: Path, opened: Callable[[Ho
 def test_ram_store_takes_exactly_the_layers_bytes(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 3)
     store = RamStore(checkpoint.layouts, CPU)
-    assert store.slab_bytes == sum(layout.nbytes for layout in checkpoint.layouts.values())
+    assert store.held_bytes == sum(layout.nbytes for layout in checkpoint.layouts.values())
     buffers = [store.layer_buffer(i) for i in checkpoint.layouts]
     begins = [buffer.data_ptr() for buffer in buffers]
     assert all(begin % ALIGNMENT == 0 for begin in begins)
@@ -254,7 +254,7 @@ def test_a_page_locked_slab_only_enqueues_and_is_given_back_at_close(tmp_path: P
     checkpoint = write_checkpoint(tmp_path, 1)
     store = filled_ram_store(checkpoint, CUDA)
     assert store.enqueues
-    assert store.pinned_bytes == sum(gpu.locked.values()) >= store.slab_bytes  # type: ignore[union-attr]
+    assert store.pinned_bytes == sum(gpu.locked.values()) >= store.held_bytes  # type: ignore[union-attr]
     for layer_idx in checkpoint.layouts:
         assert checkpoint.is_in(read_lazily(store, layer_idx, gpu), layer_idx)
     assert len(gpu.stream.work) == len(checkpoint.layouts), "one copy a layer"
@@ -276,7 +276,7 @@ def test_where_page_locking_the_slab_is_refused_layers_go_through_the_ring(
     text = str(caught[0].message)
     assert all(part in text for part in ("ulimit -l unlimited", "--ulimit memlock=-1", "WSL")), text
     assert not store.enqueues
-    assert 0 < store.pinned_bytes < store.slab_bytes
+    assert 0 < store.pinned_bytes < store.held_bytes
     for layer_idx in (3, 1, 0, 11, 2, 0):
         assert checkpoint.is_in(read_lazily(store, layer_idx, gpu), layer_idx)
     bounded(store.close)

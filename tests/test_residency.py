@@ -397,3 +397,13 @@ def test_embedding_and_head_do_not_count_in_the_minimum_since_they_can_leave(car
     with pytest.raises(ValueError, match="least that works"):
         make_budget(streamer, vram_budget="1GiB")
     make_budget(streamer, movable_bytes=GIB // 2, vram_budget="1GiB")
+
+
+def test_a_model_that_cannot_be_planned_is_not_planned_for_ever(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = FakePlanner(streamer, {-(10**15): WHOLE})  # the same answer whatever the budget
+    budget = make_budget(streamer, planner=planner, vram_budget="6GiB")
+    card.reserved_bytes = 7 * GIB
+    with pytest.warns(UserWarning, match="more than the budget"):
+        train(budget, num_steps=3)
+    assert planner.applied == [WHOLE, WHOLE]
