@@ -56,6 +56,12 @@ class OutsideWeights:
         self._refused = False
         self.on_host = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutsideWeights:
+        # PEFT copies a head that `modules_to_save` trains, and its forward with it; the copy is on the device.
+        other = object.__new__(OutsideWeights)
+        other._head, other.on_host = memo[id(self._head)], False
+        return other
+
     def _weights(self) -> list[nn.Parameter]:
         """The weights that may move, each once: the tied ones are one Parameter."""
         lm = self._lm()
@@ -184,8 +190,8 @@ class OutsideWeights:
             yield
 
     def _fetch(self, begin: int, end: int) -> tuple[torch.Tensor, Any]:
-        assert self._head_rows is not None
-        source = self._head_rows[begin:end]
+        # A loss whose forward came before the weights moved back finds them on the device.
+        source = (self._head._parameters["weight"] if self._head_rows is None else self._head_rows)[begin:end]  # type: ignore[union-attr,index]
         rows = torch.empty(source.shape, dtype=source.dtype, device=self._device)
         allocated, ready = make_event(self._device), make_event(self._device)
         allocated.record()  # the memory may still be read by what had it before
@@ -201,14 +207,15 @@ class OutsideWeights:
         head: Any = self._head
         parts = {"weight": rows} if bias is None else {"weight": rows, "bias": bias}
         whole = {name: head._parameters[name] for name in parts}
-        forward = head.__dict__.pop("forward")
+        forward = head.__dict__.pop("forward", None)
         try:
             for name, part in parts.items():
                 head._parameters[name] = nn.Parameter(part.detach(), requires_grad=False)
             yield
         finally:
             head._parameters.update(whole)
-            head.__dict__["forward"] = forward
+            if forward is not None:
+                head.__dict__["forward"] = forward
 
     def _head_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The head's forward, for whoever calls it outside the loss: generation, evaluation with logits."""

@@ -86,6 +86,7 @@ class Visit:
     ) -> None:
         self.layer = layer
         self.options = options
+        self._tile_tokens = options.tiles.tile_tokens  # the recompute must draw what the forward drew
         self._args = args
         self._named = kwargs
         self._batch_size = batch_size
@@ -110,7 +111,8 @@ class Visit:
         """
         named = self._named if piece is None else piece.cut_named(self._named, self._batch_size)
         registered = [(registry, name, registry[name]) for registry, name in self._trainable_slots]
-        with self.layer.swapped(registered, trainables), self.options.tiles.entered(self.layer.layer, hidden):
+        tiles = self.options.tiles.entered(self.layer.layer, hidden, self._tile_tokens)
+        with self.layer.swapped(registered, trainables), tiles:
             output = self.layer.call_plain(hidden, *self._args, **named)
         return self._tensors_of(output)
 

@@ -43,14 +43,15 @@ class TokenTiles:
         self._said: set[type[nn.Module]] = set()
 
     @contextmanager
-    def entered(self, layer: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    def entered(self, layer: nn.Module, hidden: torch.Tensor, tile_tokens: int) -> Iterator[None]:
         """Has the token-wise children of a layer run in tiles inside the block.
 
         Args:
             layer: The layer, with weights on the device.
             hidden: Its hidden states, [batch, tokens, hidden].
+            tile_tokens: Tokens of a tile: what `tile_tokens` was at the visit's forward, also in its recompute.
         """
-        if not self.tile_tokens or hidden.shape[:-1].numel() <= self.tile_tokens:
+        if not tile_tokens or hidden.shape[:-1].numel() <= tile_tokens:
             yield
             return
         replaced: list[tuple[nn.Module, Any]] = []
@@ -58,7 +59,7 @@ class TokenTiles:
             for name, child in layer.named_children():
                 if sum(parameter.dim() > 1 for parameter in child.parameters()) > 1:
                     replaced.append((child, child.__dict__.get("forward")))
-                    child.__dict__["forward"] = self._tiled((type(layer), name), child, child.forward)
+                    child.__dict__["forward"] = self._tiled((type(layer), name), child, child.forward, tile_tokens)
             yield
         finally:
             for child, before in replaced:
@@ -76,7 +77,7 @@ class TokenTiles:
             )
 
     def _tiled(
-        self, key: tuple[type[nn.Module], str], child: nn.Module, plain: Callable[..., Any]
+        self, key: tuple[type[nn.Module], str], child: nn.Module, plain: Callable[..., Any], tile_tokens: int
     ) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
@@ -87,7 +88,7 @@ class TokenTiles:
             if not self._token_wise[key]:
                 return plain(hidden)
             # Contiguous, as the whole is: some experts look at it as a list of tokens.
-            tiles = [t.contiguous() for t in hidden.split(max(1, self.tile_tokens // hidden.shape[0]), dim=1)]
+            tiles = [t.contiguous() for t in hidden.split(max(1, tile_tokens // hidden.shape[0]), dim=1)]
             if not torch.is_grad_enabled():
                 return torch.cat([plain(tile) for tile in tiles], dim=1)
             return torch.cat([checkpoint(plain, tile, use_reentrant=False) for tile in tiles], dim=1)

@@ -125,6 +125,21 @@ def test_dropout_draws_the_same_in_the_forward_and_in_the_recompute_of_a_tile() 
     torch.testing.assert_close(cut["slope"], cut["mean"], rtol=5e-2, atol=1e-3)
 
 
+def test_tiles_that_change_between_forward_and_backward_do_not_change_the_recompute() -> None:
+    grads = []
+    for is_changed in (False, True):
+        model = prepare(ORDERS[0], build("llama"), lora("llama", lora_dropout=0.5))
+        with closing(model):
+            apply_choices(model, StepChoices(tile_tokens=8))
+            torch.manual_seed(11)
+            loss = model(**batch(2)).loss
+            if is_changed:
+                apply_choices(model, StepChoices())
+            loss.backward()
+            grads.append(gradients(model))
+    assert_same_tensors(grads[1], grads[0])
+
+
 def test_a_layer_without_a_token_wise_part_says_so() -> None:
     from hf_lema.token_tiles import TokenTiles
 
@@ -139,7 +154,7 @@ def test_a_layer_without_a_token_wise_part_says_so() -> None:
 
     tiles, layer, hidden = TokenTiles(), Mixing(), torch.randn(2, 8, 4)
     tiles.tile_tokens = 4
-    with pytest.warns(UserWarning, match="Mixing has no part"), tiles.entered(layer, hidden):
+    with pytest.warns(UserWarning, match="Mixing has no part"), tiles.entered(layer, hidden, tiles.tile_tokens):
         assert torch.equal(layer(hidden), hidden.cumsum(1))
 
 

@@ -146,6 +146,35 @@ def test_an_adapter_on_the_head_trains_while_its_base_is_on_the_host() -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_a_head_that_peft_copies_to_train_it_trains_while_its_base_is_on_the_host() -> None:
+    def trained(is_moved: bool) -> dict[str, torch.Tensor]:
+        model = build("llama")
+        freeze_outside(model)
+        if is_moved:
+            on_host(model)
+        torch.manual_seed(5)
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        return gradients(peft, peft(**inputs()).loss)
+
+    expected, found = trained(False), trained(True)
+    assert any("lm_head" in key for key in expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_loss_whose_head_moved_back_before_its_backward_has_its_gradient() -> None:
+    grads = []
+    for is_moved in (False, True):
+        model = build("llama")
+        freeze_outside(model)
+        outside = on_host(model)
+        output = ChunkedLoss(model, type(model).forward, outside).forward(**inputs()).loss
+        if is_moved:
+            outside.move_to_device()
+        grads.append(gradients(model, output))
+        assert ("forward" in model.lm_head.__dict__) is not is_moved
+    assert all(torch.equal(grads[1][key], grads[0][key]) for key in grads[0])
+
+
 def test_an_error_in_the_loss_leaves_the_whole_head_registered() -> None:
     model = build("llama")
     freeze_outside(model)
