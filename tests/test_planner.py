@@ -105,7 +105,7 @@ def test_plan_of_a_wrapped_model_is_what_it_holds_to_the_byte(order: str) -> Non
     assert isinstance(streamer.host_store, RamStore)
     slots = prefetcher._pool.slots
 
-    assert planned.host.slab_bytes == streamer.host_store.slab_bytes
+    assert planned.host.slab_bytes == streamer.host_store.held_bytes
     assert planned.slots_bytes == sum(allocated_bytes(slot.buffer.nbytes) for slot in slots)
     assert planned.adapter_bytes == sum(allocated_bytes(p.nbytes) for p in trainable)
     assert planned.optimizer_bytes == sum(allocated_bytes(t.nbytes) for t in moments)
