@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_lema.choices import StepChoices
     from hf_lema.config import LemaConfig
-    from hf_lema.merging import merge_and_save
-    from hf_lema.streamer import LayerStreamer, StreamerStats
-    from hf_lema.telemetry import MemoryTelemetryCallback
+    from hf_lema.export.merging import merge_and_save
+    from hf_lema.measuring.telemetry import MemoryTelemetryCallback
+    from hf_lema.runtime.streamer import LayerStreamer, StreamerStats
     from hf_lema.wrapper import LemaModelWrapper, get_streamer
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "LayerStreamer": "hf_lema.streamer",
+    "LayerStreamer": "hf_lema.runtime.streamer",
     "LemaConfig": "hf_lema.config",
     "LemaModelWrapper": "hf_lema.wrapper",
-    "MemoryTelemetryCallback": "hf_lema.telemetry",
+    "MemoryTelemetryCallback": "hf_lema.measuring.telemetry",
     "StepChoices": "hf_lema.choices",
-    "StreamerStats": "hf_lema.streamer",
+    "StreamerStats": "hf_lema.runtime.streamer",
     "get_streamer": "hf_lema.wrapper",
-    "merge_and_save": "hf_lema.merging",
+    "merge_and_save": "hf_lema.export.merging",
 }
 
 __all__ = [

@@ -82,7 +82,7 @@ def _declare_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_merge(arguments: argparse.Namespace) -> Result:
-    from hf_lema.merging import merge_and_save
+    from hf_lema.export.merging import merge_and_save
 
     where = {} if arguments.revision is None else {"revision": arguments.revision}
     merged = merge_and_save(
@@ -114,7 +114,7 @@ def _declare_pack(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_pack(arguments: argparse.Namespace) -> Result:
-    from hf_lema.unpickling import convert_pickled, find_pickled
+    from hf_lema.export.unpickling import convert_pickled, find_pickled
 
     where = {} if arguments.revision is None else {"revision": arguments.revision}
     folder = find_pickled(arguments.model, **where)
@@ -128,8 +128,8 @@ def _run_pack(arguments: argparse.Namespace) -> Result:
 def _write_pack(arguments: argparse.Namespace, where: Mapping[str, str]) -> Result:
     import torch
 
-    from hf_lema.loading import pack_model
-    from hf_lema.pack import PACK_SUFFIX
+    from hf_lema.files.pack import PACK_SUFFIX
+    from hf_lema.model.loading import pack_model
 
     path = Path(arguments.output)
     if not path.name.endswith(PACK_SUFFIX):
@@ -167,9 +167,9 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
     import torch
 
     from hf_lema.config import LemaConfig
-    from hf_lema.device_rates import find_rates, rates_of
-    from hf_lema.plan_table import compare_plans, comparison_as_dict, format_comparison
-    from hf_lema.step_cost import PlanOptions
+    from hf_lema.planning.device_rates import find_rates, rates_of
+    from hf_lema.planning.plan_table import compare_plans, comparison_as_dict, format_comparison
+    from hf_lema.planning.step_cost import PlanOptions
     from hf_lema.units import parse_bytes
 
     if arguments.card is None and torch.cuda.is_available():
@@ -210,7 +210,7 @@ def _run_check(arguments: argparse.Namespace) -> Result:
     from peft import LoraConfig, get_peft_model
 
     from hf_lema.config import LemaConfig
-    from hf_lema.self_check import check_steps
+    from hf_lema.layer.self_check import check_steps
     from hf_lema.wrapper import LemaModelWrapper, find_check, get_streamer
 
     config = LemaConfig(
@@ -246,7 +246,7 @@ def _declare_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_report(arguments: argparse.Namespace) -> Result:
-    from hf_lema.report_files import make_report
+    from hf_lema.reporting.report_files import make_report
 
     report = make_report(arguments.results, html=arguments.html, markdown=arguments.markdown)
     return {"text": report.format(), **report.to_dict()}
@@ -258,7 +258,7 @@ def _declare_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_doctor(arguments: argparse.Namespace) -> Result:
-    from hf_lema.doctor import diagnose, exit_status, findings_as_dict, format_findings
+    from hf_lema.machine.doctor import diagnose, exit_status, findings_as_dict, format_findings
 
     findings = diagnose(arguments.folder)
     return {"text": format_findings(findings), "exit_code": exit_status(findings), **findings_as_dict(findings)}

@@ -20,12 +20,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lema.boundaries import Boundaries
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.device_rates import rates_of
-from hf_lema.host_memory import available_host_bytes
-from hf_lema.layer_proxy import (
+from hf_lema.layer.boundaries import Boundaries
+from hf_lema.layer.layer_proxy import (
     COPY_MESSAGE,
     LayerProxy,
     ProxyState,
@@ -33,14 +31,16 @@ from hf_lema.layer_proxy import (
     refuse_lost_outputs,
     ungraft_layer,
 )
-from hf_lema.loading import build_skeleton, find_decoder_layers
-from hf_lema.local_ranks import LocalGroup
-from hf_lema.loss import ChunkedLoss
-from hf_lema.merge_hook import install_merge_hooks, remove_merge_hooks
-from hf_lema.micro_batch import MicroBatches
-from hf_lema.outside import MIN_PIECE_BYTES, OutsideWeights
-from hf_lema.packing import given_pack
-from hf_lema.placement import (
+from hf_lema.layer.micro_batch import MicroBatches
+from hf_lema.layer.recompute import VisitOptions
+from hf_lema.layer.self_check import SelfCheck
+from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.model.loading import build_skeleton, find_decoder_layers
+from hf_lema.model.loss import ChunkedLoss
+from hf_lema.model.merge_hook import install_merge_hooks, remove_merge_hooks
+from hf_lema.model.outside import MIN_PIECE_BYTES, OutsideWeights
+from hf_lema.model.packing import given_pack
+from hf_lema.model.placement import (
     choose_store,
     fill_from_model,
     is_packed,
@@ -49,14 +49,14 @@ from hf_lema.placement import (
     store_from_checkpoint,
     streamed_tensors,
 )
-from hf_lema.planner import best_plan
-from hf_lema.recompute import VisitOptions
-from hf_lema.rehearsal import UnplannableError
-from hf_lema.residency import VramBudget
-from hf_lema.self_check import SelfCheck
-from hf_lema.step_cost import PlanOptions, StepCost
-from hf_lema.streamer import LayerStreamer
-from hf_lema.token_tiles import TokenTiles
+from hf_lema.planning.device_rates import rates_of
+from hf_lema.planning.planner import best_plan
+from hf_lema.planning.rehearsal import UnplannableError
+from hf_lema.planning.step_cost import PlanOptions, StepCost
+from hf_lema.runtime.host_memory import available_host_bytes
+from hf_lema.runtime.local_ranks import LocalGroup
+from hf_lema.runtime.residency import VramBudget
+from hf_lema.runtime.streamer import LayerStreamer
 
 logger = logging.getLogger(__name__)
 

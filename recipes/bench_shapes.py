@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from training import DTYPES
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from hf_lema.blueprint import SHAPES as PLANNED_SHAPES
+from hf_lema.planning.blueprint import SHAPES as PLANNED_SHAPES
 
 MAX_SHARD_BYTES = 2 * 10**9
 INITIAL_STD = 0.02

@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import LemaConfig, MemoryTelemetryCallback, StepChoices, get_streamer
-from hf_lema.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
+from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
 from hf_lema.units import parse_bytes
 
 LEMA = ("lema", "lema-nf4")

@@ -30,11 +30,11 @@ from default_model import ModelSource, cache_folder, resolve_model
 from duel_options import CONTENDERS, QUICK, command_of, parse_arguments
 from duel_runs import KeptRuns
 
-from hf_lema.contender import ContenderResult
-from hf_lema.duel_record import duel_from_json
-from hf_lema.headline import headline
-from hf_lema.page import write_page
-from hf_lema.report import NOISE_RULE, format_table, summarize, write_markdown, write_plots
+from hf_lema.reporting.contender import ContenderResult
+from hf_lema.reporting.duel_record import duel_from_json
+from hf_lema.reporting.headline import headline
+from hf_lema.reporting.page import write_page
+from hf_lema.reporting.report import NOISE_RULE, format_table, summarize, write_markdown, write_plots
 from hf_lema.units import format_bytes
 
 __all__ = ["CONTENDERS", "QUICK", "main", "parse_arguments"]

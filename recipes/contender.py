@@ -33,8 +33,14 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import MemoryTelemetryCallback, get_streamer
-from hf_lema.report import ContenderResult, UseSample
-from hf_lema.telemetry import MemorySampler, PeakMemory, ProcessMemory, environment_record, read_process_memory
+from hf_lema.measuring.telemetry import (
+    MemorySampler,
+    PeakMemory,
+    ProcessMemory,
+    environment_record,
+    read_process_memory,
+)
+from hf_lema.reporting.report import ContenderResult, UseSample
 
 MAX_SAMPLES = 400
 """Points of the memory curve that are kept: more than a plot can show."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lema.report import ContenderResult
+from hf_lema.reporting.report import ContenderResult
 
 PROGRESS_MARK = "@progress "
 OUT_OF_MEMORY = re.compile(

@@ -17,7 +17,7 @@ from typing import Any
 from contender_process import Outcome
 from contender_spec import ContenderSpec
 
-from hf_lema.contender import ContenderResult
+from hf_lema.reporting.contender import ContenderResult
 
 OUTCOME_FILE = "outcome.json"
 # A contender that ran out of memory would do so again; one that failed may have been mended.
@@ -90,7 +90,7 @@ def sources_sha256() -> str:
     """SHA-256 over the sources that a run depends on: the package's and the recipes' Python files."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("hf_lema/*.py"), *root.glob("recipes/*.py")]):
+    for path in sorted([*root.glob("hf_lema/**/*.py"), *root.glob("recipes/*.py")]):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -51,8 +51,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import LemaConfig, MemoryTelemetryCallback, get_streamer, merge_and_save
-from hf_lema.report import summarize, write_plots
-from hf_lema.telemetry import ProcessMemory, environment_record, progress_line, read_process_memory
+from hf_lema.measuring.telemetry import ProcessMemory, environment_record, progress_line, read_process_memory
+from hf_lema.reporting.report import summarize, write_plots
 from hf_lema.units import parse_bytes
 
 MODEL = "NousResearch/Llama-2-7b-hf"

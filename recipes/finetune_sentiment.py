@@ -30,8 +30,8 @@ from resumable import EXIT_INTERRUPTED, command_to_resume
 from run_record import open_run
 from techniques import ABLATION, DUEL, SMALL_DUEL, reason_not_to_run
 
-from hf_lema.report import ContenderResult, format_table, summarize, write_markdown, write_plots
-from hf_lema.telemetry import environment_record
+from hf_lema.measuring.telemetry import environment_record
+from hf_lema.reporting.report import ContenderResult, format_table, summarize, write_markdown, write_plots
 from hf_lema.units import parse_bytes, to_gib
 
 MODELS = ("NousResearch/Llama-2-7b-hf", "deepseek-ai/deepseek-llm-7b-base")

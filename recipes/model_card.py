@@ -18,7 +18,7 @@ from typing import Any
 from reply_check import SCORE_LABELS, ReplyScore
 from reply_data import ReplyExample
 
-from hf_lema.report import CURVE_RULE
+from hf_lema.reporting.report import CURVE_RULE
 from hf_lema.units import format_bytes
 
 CARD_NAME = "README.md"

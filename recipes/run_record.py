@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hf_lema.report import ContenderResult, UseSample
+from hf_lema.reporting.report import ContenderResult, UseSample
 
 NUM_WARMUP_STEPS = 2
 """First steps of a run that no time is taken from."""

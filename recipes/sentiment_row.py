@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import MemoryTelemetryCallback, get_streamer
-from hf_lema.telemetry import ProcessMemory, environment_record, read_process_memory
+from hf_lema.measuring.telemetry import ProcessMemory, environment_record, read_process_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import torch
 
-from hf_lema.host_store import HostStore
-from hf_lema.layout import LayerLayout, make_layout
-from hf_lema.prefetcher import Prefetcher
-from hf_lema.slots import SlotState
+from hf_lema.files.layout import LayerLayout, make_layout
+from hf_lema.runtime.host_store import HostStore
+from hf_lema.runtime.prefetcher import Prefetcher
+from hf_lema.runtime.slots import SlotState
 
 CPU = torch.device("cpu")
 MAX_WAIT_S = 5.0

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
-from hf_lema.slots import SlotState
+from hf_lema.runtime.slots import SlotState
 
 VOCAB_SIZE = 128
 SEQ_LEN = 16

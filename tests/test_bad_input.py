@@ -47,7 +47,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
-from hf_lema.schedule import Direction
+from hf_lema.runtime.schedule import Direction
 
 pytestmark = pytest.mark.integration
 
@@ -738,7 +738,7 @@ def test_interrupted_trainer_run_can_be_run_again(tmp_path: Path) -> None:
 
 
 def test_error_while_loading_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_lema.loading import CheckpointSource
+    from hf_lema.model.loading import CheckpointSource
 
     def failing(self: Any, layer_idx: int, buffer: torch.Tensor) -> None:
         if layer_idx == 2:

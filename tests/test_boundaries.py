@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lema.boundaries import Boundaries
+from hf_lema.layer.boundaries import Boundaries
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_lema import file_set, pack
-from hf_lema.checkpoint import (
+from hf_lema.files import file_set, pack
+from hf_lema.files.checkpoint import (
     ALIGNMENT,
     CheckpointIndex,
     FileSet,
@@ -29,7 +29,7 @@ from hf_lema.checkpoint import (
     read_header,
     read_spans_into,
 )
-from hf_lema.pack import PAGE_BYTES, PackWriter, open_pack
+from hf_lema.files.pack import PAGE_BYTES, PackWriter, open_pack
 
 DTYPES = [
     torch.bool,
@@ -541,8 +541,8 @@ def test_a_pack_that_lacks_layers_is_not_kept(tmp_path: Path):
 
 KILLED_WRITER = """
 import os, signal, sys, torch
-from hf_lema.layout import make_layout
-from hf_lema.pack import PackWriter
+from hf_lema.files.layout import make_layout
+from hf_lema.files.pack import PackWriter
 layouts = [make_layout(i, {"w": ((64,), torch.float32)}) for i in range(2)]
 writer = PackWriter(sys.argv[1], layouts, source_identity="", dtype="")
 writer.__enter__()

@@ -28,8 +28,8 @@ from models import (
 
 from hf_lema import LemaConfig
 from hf_lema.choices import StepChoices
-from hf_lema.device_rates import DATA_SHEETS
-from hf_lema.placement import RAM_HEAD_ROOM_BYTES
+from hf_lema.model.placement import RAM_HEAD_ROOM_BYTES
+from hf_lema.planning.device_rates import DATA_SHEETS
 from hf_lema.wrapper import apply_choices, find_streamer
 
 pytestmark = pytest.mark.integration
@@ -141,7 +141,7 @@ def test_tiles_that_change_between_forward_and_backward_do_not_change_the_recomp
 
 
 def test_a_layer_without_a_token_wise_part_says_so() -> None:
-    from hf_lema.token_tiles import TokenTiles
+    from hf_lema.layer.token_tiles import TokenTiles
 
     class Mixing(torch.nn.Module):
         def __init__(self) -> None:

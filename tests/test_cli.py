@@ -15,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_lema import cli, merging
-from hf_lema.pack import open_pack
+from hf_lema import cli
+from hf_lema.export import merging
+from hf_lema.files.pack import open_pack
 
 pytestmark = pytest.mark.integration
 
@@ -256,7 +257,7 @@ def test_report_reads_a_record_and_writes_a_page(tmp_path: Path, capsys: pytest.
 def test_doctor_exits_with_1_when_something_stands_in_the_way(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hf_lema import doctor
+    from hf_lema.machine import doctor
 
     for level, code in (("ok", 0), ("warning", 0), ("problem", 1)):
         finding = doctor.Finding(level=level, topic="card", found="a card", remedy="another one")  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from hf_lema.curves import CURVE_RULE, CurveReading, curve_noise, linear_fit, read_curve, share_above
+from hf_lema.reporting.curves import CURVE_RULE, CurveReading, curve_noise, linear_fit, read_curve, share_above
 
 
 def noisy(values: list[float], sigma: float, seed: int = 0) -> list[float]:

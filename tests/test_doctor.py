@@ -11,9 +11,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from hf_lema.doctor import Finding, diagnose, exit_status, findings_as_dict, format_findings
-from hf_lema.machine_facts import Card, MachineFacts, PackageFact, has_kernels, package_fact, probe_machine
-from hf_lema.machine_rates import DiskRead, LockTry, read_rate
+from hf_lema.machine.doctor import Finding, diagnose, exit_status, findings_as_dict, format_findings
+from hf_lema.machine.machine_facts import Card, MachineFacts, PackageFact, has_kernels, package_fact, probe_machine
+from hf_lema.machine.machine_rates import DiskRead, LockTry, read_rate
 from hf_lema.units import GIB, KIB, MIB
 
 CUDA_126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")

@@ -22,7 +22,7 @@ import duel_runs  # noqa: E402
 from contender_process import Outcome  # noqa: E402
 from contender_spec import ContenderSpec, load_contender  # noqa: E402
 
-from hf_lema.contender import ContenderResult  # noqa: E402
+from hf_lema.reporting.contender import ContenderResult  # noqa: E402
 
 ENVIRONMENT = {"torch_version": "2", "gpu_name": None, "git_commit": "a"}
 

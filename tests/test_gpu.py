@@ -435,7 +435,7 @@ def test_no_kernel_reads_a_slot_before_it_is_full_or_after_it_is_given_back(
     stretch: str, pinned: bool, quiet_steps: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not pinned:
-        monkeypatch.setattr("hf_lema.host_memory.HostBuffer.page_lock", lambda self: False)
+        monkeypatch.setattr("hf_lema.runtime.host_memory.HostBuffer.page_lock", lambda self: False)
     with closing(on_gpu(WRAP_THEN_PEFT)) as model:
         STRETCHES[stretch](model)
         assert_same_tensors(dict(enumerate(three_steps(model))), dict(enumerate(quiet_steps)))

@@ -20,9 +20,9 @@ from models import (
 )
 
 from hf_lema import LemaConfig, get_streamer
-from hf_lema.boundaries import Boundaries
 from hf_lema.choices import StepChoices
-from hf_lema.host_memory import HostBuffer, device_view, tensor_over
+from hf_lema.layer.boundaries import Boundaries
+from hf_lema.runtime.host_memory import HostBuffer, device_view, tensor_over
 from hf_lema.wrapper import apply_choices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]

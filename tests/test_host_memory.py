@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from hf_lema import host_memory
-from hf_lema.host_memory import (
+from hf_lema.runtime import host_memory
+from hf_lema.runtime.host_memory import (
     HostBuffer,
     available_host_bytes,
     clear_cuda_error,

@@ -16,15 +16,15 @@ import pytest
 import torch
 from fake_store import CPU, bounded, in_thread
 
-from hf_lema import host_memory, host_store
-from hf_lema.file_set import FileSet, ReadSpan, merge_spans
-from hf_lema.host_memory import HostBuffer
-from hf_lema.host_store import DiskStore, HostStore, RamStore, StagingRing, cut_spans
-from hf_lema.layout import ALIGNMENT, LayerLayout, make_layout
-from hf_lema.prefetcher import Prefetcher
-from hf_lema.schedule import Direction
-from hf_lema.slots import SlotPool
-from hf_lema.streamer import LayerStreamer
+from hf_lema.files.file_set import FileSet, ReadSpan, merge_spans
+from hf_lema.files.layout import ALIGNMENT, LayerLayout, make_layout
+from hf_lema.runtime import host_memory, host_store
+from hf_lema.runtime.host_memory import HostBuffer
+from hf_lema.runtime.host_store import DiskStore, HostStore, RamStore, StagingRing, cut_spans
+from hf_lema.runtime.prefetcher import Prefetcher
+from hf_lema.runtime.schedule import Direction
+from hf_lema.runtime.slots import SlotPool
+from hf_lema.runtime.streamer import LayerStreamer
 
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.float64, torch.bool]
@@ -731,10 +731,10 @@ COLLECTED_IN_A_READER = """
 import gc, os, sys, threading
 from pathlib import Path
 import torch
-from hf_lema import host_store
-from hf_lema.file_set import ReadSpan
-from hf_lema.layout import make_layout
-from hf_lema.streamer import LayerStreamer
+from hf_lema.runtime import host_store
+from hf_lema.files.file_set import ReadSpan
+from hf_lema.files.layout import make_layout
+from hf_lema.runtime.streamer import LayerStreamer
 
 path = Path(sys.argv[1])
 path.write_bytes(bytes(1024))

@@ -14,8 +14,16 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_lema"
 HOT_MODULES = (
-    "events", "host_store", "slots", "prefetcher", "streamer", "recompute", "replay", "layer_proxy", "boundaries"
-)  # fmt: skip
+    "runtime/events",
+    "runtime/host_store",
+    "runtime/slots",
+    "runtime/prefetcher",
+    "runtime/streamer",
+    "layer/recompute",
+    "layer/replay",
+    "layer/layer_proxy",
+    "layer/boundaries",
+)
 
 METHODS = {"synchronize", "record_stream", "to", "cpu", "cuda", "item", "tolist", "pin_memory", "clone", "contiguous"}
 FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "rand", "randn", "arange", "cat", "stack"}
@@ -24,20 +32,24 @@ DEVICE_WORK = {"copy_", "read_into", "synchronize", "fill_", "zero_", "result", 
 
 # (module, function, call) -> why it is no harm.
 ALLOWED: dict[tuple[str, str, str], str] = {
-    ("events", "CopyStream.synchronize", "synchronize"): "end of a life, never a step",
-    ("events", "DeviceEvent.synchronize", "synchronize"): "who calls it is judged where it is called",
-    ("host_store", "StagingRing.claim", "synchronize"): "blocks the prefetch thread alone, until the window is free",
-    ("host_store", "StagingRing.close", "synchronize"): "end of a life",
-    ("layer_proxy", "ProxyState.detach", "clone"): "end of a life: the model is unwrapped",
-    ("slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
-    ("prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
-    ("streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
-    ("recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
-    ("boundaries", "_Arrival.__init__", "torch.empty"): "two buffers, made again only for a longer batch",
-    ("boundaries", "Boundaries._close_slabs", "synchronize"): "end of a life, or of a buffer that was too small",
-    ("layer_proxy", "ProxyState.weights_at_rest", "to"): "in a visit that is checked alone, on request",
-    ("layer_proxy", "ProxyState._promote", "to"): "once, when a base tensor is unfrozen",
-    ("layer_proxy", "ProxyState._bring_to_device", "to"): "once, at the first visit after an adapter was added",
+    ("runtime/events", "CopyStream.synchronize", "synchronize"): "end of a life, never a step",
+    ("runtime/events", "DeviceEvent.synchronize", "synchronize"): "who calls it is judged where it is called",
+    (
+        "runtime/host_store",
+        "StagingRing.claim",
+        "synchronize",
+    ): "blocks only the prefetch thread, until a window is free",
+    ("runtime/host_store", "StagingRing.close", "synchronize"): "end of a life",
+    ("layer/layer_proxy", "ProxyState.detach", "clone"): "end of a life: the model is unwrapped",
+    ("runtime/slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
+    ("runtime/prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
+    ("runtime/streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
+    ("layer/recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
+    ("layer/boundaries", "_Arrival.__init__", "torch.empty"): "two buffers, made again only for a longer batch",
+    ("layer/boundaries", "Boundaries._close_slabs", "synchronize"): "end of a life, or of a buffer that was too small",
+    ("layer/layer_proxy", "ProxyState.weights_at_rest", "to"): "in a visit that is checked alone, on request",
+    ("layer/layer_proxy", "ProxyState._promote", "to"): "once, when a base tensor is unfrozen",
+    ("layer/layer_proxy", "ProxyState._bring_to_device", "to"): "once, at the first visit after an adapter was added",
 }
 
 

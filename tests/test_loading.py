@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from hf_lema import packing
-from hf_lema.checkpoint import read_spans_into
-from hf_lema.loading import Skeleton, build_skeleton, cached_pack, find_decoder_layers, pack_folder, write_pack
-from hf_lema.pack import open_pack
+from hf_lema.files.checkpoint import read_spans_into
+from hf_lema.files.pack import open_pack
+from hf_lema.model import packing
+from hf_lema.model.loading import Skeleton, build_skeleton, cached_pack, find_decoder_layers, pack_folder, write_pack
 
 pytestmark = pytest.mark.integration
 
@@ -642,7 +642,7 @@ def test_a_model_without_one_list_of_decoder_layers_is_refused_with_what_was_fou
 
 MEASURE_RAM = """
 import re, sys, threading, torch
-from hf_lema.loading import build_skeleton, write_pack
+from hf_lema.model.loading import build_skeleton, write_pack
 def private_bytes():
     status = open("/proc/self/status").read()
     return 1024 * sum(int(re.search(rf"{key}:\\s+(\\d+)", status)[1]) for key in ("RssAnon", "RssShmem"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lema import local_ranks
-from hf_lema.host_memory import HostBuffer
-from hf_lema.local_ranks import LocalGroup, Offer, OfferServer, receive_offer, share
+from hf_lema.runtime import local_ranks
+from hf_lema.runtime.host_memory import HostBuffer
+from hf_lema.runtime.local_ranks import LocalGroup, Offer, OfferServer, receive_offer, share
 
 NBYTES = 10_000
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_lema.loss import ChunkedLoss, DeferredLogits
+from hf_lema.model.loss import ChunkedLoss, DeferredLogits
 
 pytestmark = pytest.mark.integration
 

@@ -36,10 +36,12 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from hf_lema import merge_and_save, merging, staging
-from hf_lema.checkpoint import CheckpointIndex
-from hf_lema.checkpoint_writer import CheckpointWriter, plan_checkpoint
-from hf_lema.layer_tensors import PIECE_BYTES
+from hf_lema import merge_and_save
+from hf_lema.export import merging
+from hf_lema.files import staging
+from hf_lema.files.checkpoint import CheckpointIndex
+from hf_lema.files.checkpoint_writer import CheckpointWriter, plan_checkpoint
+from hf_lema.model.layer_tensors import PIECE_BYTES
 
 pytestmark = pytest.mark.integration
 
@@ -448,7 +450,7 @@ def test_an_interrupt_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path, mo
 KILLED = """
 import sys, threading
 from hf_lema import merge_and_save
-from hf_lema.checkpoint_writer import CheckpointWriter
+from hf_lema.files.checkpoint_writer import CheckpointWriter
 write_part = CheckpointWriter.write_part
 num_written = 0
 def stop_at_the_tenth(*arguments):

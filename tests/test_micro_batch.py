@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
-from hf_lema.micro_batch import MicroBatches, Piece
+from hf_lema.layer.micro_batch import MicroBatches, Piece
 
 pytestmark = pytest.mark.integration
 

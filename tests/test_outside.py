@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_loss import MODELS, build, inputs
 
-from hf_lema.loss import ChunkedLoss
-from hf_lema.outside import OutsideWeights
+from hf_lema.model.loss import ChunkedLoss
+from hf_lema.model.outside import OutsideWeights
 
 pytestmark = pytest.mark.integration
 CPU = torch.device("cpu")

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from test_quantization import NF4, NF4_ON_DISK, copies, qlora, stock, streamed, wrapped
 from transformers import AutoModelForCausalLM
 
-from hf_lema import LemaConfig, LemaModelWrapper, get_streamer, quantization
-from hf_lema.loading import build_skeleton, pack_model
-from hf_lema.pack import PACK_SUFFIX, PackWriter, open_pack
-from hf_lema.packing import write_pack
+from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
+from hf_lema.files.pack import PACK_SUFFIX, PackWriter, open_pack
+from hf_lema.model.loading import build_skeleton, pack_model
+from hf_lema.model.packing import write_pack
+from hf_lema.runtime import quantization
 
 pytestmark = pytest.mark.integration
 
@@ -280,7 +281,7 @@ def test_pack_whose_packed_parts_do_not_fit_is_damaged(full: Path, tmp_path: Pat
 
 
 def test_pack_of_the_version_before_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_lema.pack.PACK_VERSION", "1")
+    monkeypatch.setattr("hf_lema.files.pack.PACK_VERSION", "1")
     with PackWriter(tmp_path / "p", (), source_identity="", dtype=""):
         pass
     monkeypatch.undo()
@@ -320,7 +321,7 @@ def test_model_that_was_repacked_for_cpu_inference_is_refused(full: Path) -> Non
 MEASURE_RAM = """
 import re, sys, threading, torch
 from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
-import hf_lema.quantization
+import hf_lema.runtime.quantization
 def private_bytes():
     status = open("/proc/self/status").read()
     return 1024 * sum(int(re.search(rf"{key}:\\s+(\\d+)", status)[1]) for key in ("RssAnon", "RssShmem"))

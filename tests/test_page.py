@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from hf_lema.chart_style import Chart
-from hf_lema.charts import duel_charts
-from hf_lema.contender import ContenderResult, UseSample
-from hf_lema.duel_record import DuelRecord, duel_from_json, read_duels
-from hf_lema.headline import headline
-from hf_lema.page import page_html, write_page
-from hf_lema.repeats import merge_runs
-from hf_lema.report_files import make_report
+from hf_lema.reporting.chart_style import Chart
+from hf_lema.reporting.charts import duel_charts
+from hf_lema.reporting.contender import ContenderResult, UseSample
+from hf_lema.reporting.duel_record import DuelRecord, duel_from_json, read_duels
+from hf_lema.reporting.headline import headline
+from hf_lema.reporting.page import page_html, write_page
+from hf_lema.reporting.repeats import merge_runs
+from hf_lema.reporting.report_files import make_report
 from hf_lema.units import GIB, MIB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,7 +357,7 @@ def test_plotly_knows_every_property_of_a_chart(key: str) -> None:
 
 def test_every_colour_of_a_chart_is_a_colour_of_the_page() -> None:
     text = json.dumps([chart.figure for chart in duel_charts(a_duel(), "peft")])
-    css = (ROOT / "hf_lema" / "page.css").read_text()
+    css = (ROOT / "hf_lema" / "reporting" / "page.css").read_text()
     for name in set(re.findall(r'"\$([a-z]+\d*)"', text)):
         assert css.count(f"--{name}:") == 2, f"--{name}, once light and once dark"
 

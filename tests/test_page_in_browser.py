@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from hf_lema.page import write_page
+    from hf_lema.reporting.page import write_page
 
     path = tmp_path_factory.mktemp("page") / "report.html"
     hostile = dataclasses.replace(a_duel(), title='</script><b id="escaped">a & "b"</b>')

@@ -18,16 +18,24 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
-from hf_lema import LemaConfig, get_streamer, rehearsal
-from hf_lema.blueprint import draw, nf4_bytes, packed_weights, sort_tensors
-from hf_lema.device_rates import DATA_SHEETS, DeviceRates, find_rates, measure_rates
-from hf_lema.host_store import RamStore
-from hf_lema.memory_plan import MemoryPlan
-from hf_lema.meter import ByteMeter, CudaBehaviour, Kernels, allocated_bytes
-from hf_lema.plan_table import _advice, compare_plans, comparison_as_dict, format_comparison, format_plans, plan_as_dict
-from hf_lema.planner import best_plan, plan_memory, plan_stock, stock_plan
-from hf_lema.rehearsal import Rehearsal
-from hf_lema.step_cost import PlanOptions, StepCost
+from hf_lema import LemaConfig, get_streamer
+from hf_lema.planning import rehearsal
+from hf_lema.planning.blueprint import draw, nf4_bytes, packed_weights, sort_tensors
+from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates, find_rates, measure_rates
+from hf_lema.planning.memory_plan import MemoryPlan
+from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Kernels, allocated_bytes
+from hf_lema.planning.plan_table import (
+    _advice,
+    compare_plans,
+    comparison_as_dict,
+    format_comparison,
+    format_plans,
+    plan_as_dict,
+)
+from hf_lema.planning.planner import best_plan, plan_memory, plan_stock, stock_plan
+from hf_lema.planning.rehearsal import Rehearsal
+from hf_lema.planning.step_cost import PlanOptions, StepCost
+from hf_lema.runtime.host_store import RamStore
 from hf_lema.units import GIB, MIB
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_lema.prefetcher import Prefetcher
-from hf_lema.slots import Slot, SlotPool, SlotState
+from hf_lema.runtime.prefetcher import Prefetcher
+from hf_lema.runtime.slots import Slot, SlotPool, SlotState
 
 THREAD_NAME = "hf_lema-prefetcher"
 

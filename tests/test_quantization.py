@@ -34,10 +34,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from hf_lema import LemaConfig, LemaModelWrapper, get_streamer, quantization
+from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
 from hf_lema.choices import StepChoices
-from hf_lema.layout import PackedMatrix, make_layout, packed_linear_bytes
-from hf_lema.slots import Slot, SlotState
+from hf_lema.files.layout import PackedMatrix, make_layout, packed_linear_bytes
+from hf_lema.runtime import quantization
+from hf_lema.runtime.slots import Slot, SlotState
 
 pytestmark = pytest.mark.integration
 

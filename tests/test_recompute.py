@@ -11,12 +11,12 @@ import torch
 from fake_store import CPU
 from torch import nn
 
-from hf_lema.boundaries import Boundaries
-from hf_lema.micro_batch import MicroBatches
-from hf_lema.recompute import Recompute, Visit, VisitOptions
-from hf_lema.replay import ForwardHooks
-from hf_lema.schedule import Direction
-from hf_lema.token_tiles import TokenTiles
+from hf_lema.layer.boundaries import Boundaries
+from hf_lema.layer.micro_batch import MicroBatches
+from hf_lema.layer.recompute import Recompute, Visit, VisitOptions
+from hf_lema.layer.replay import ForwardHooks
+from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.runtime.schedule import Direction
 
 
 class Toy(nn.Module):

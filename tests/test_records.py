@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_lema.records import PeakMemory, StepRecord, append_json_line, interval_figures, merged_peak
+from hf_lema.measuring.records import PeakMemory, StepRecord, append_json_line, interval_figures, merged_peak
 from hf_lema.units import GIB
 
 

@@ -9,7 +9,7 @@ import torch
 from fake_store import CPU
 from torch import nn
 
-from hf_lema.replay import AutocastState, ForwardHooks, RandomState
+from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState
 
 
 def autocast_now() -> tuple[object, ...]:

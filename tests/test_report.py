@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from hf_lema.contender import ContenderResult, UseSample
-from hf_lema.curves import CURVE_RULE
-from hf_lema.plots import write_plots
-from hf_lema.report import format_table, summarize, write_markdown
+from hf_lema.reporting.contender import ContenderResult, UseSample
+from hf_lema.reporting.curves import CURVE_RULE
+from hf_lema.reporting.plots import write_plots
+from hf_lema.reporting.report import format_table, summarize, write_markdown
+from hf_lema.reporting.verdict import NOISE_RULE, step_median_and_spread_s, verdict
 from hf_lema.units import GIB, MIB
-from hf_lema.verdict import NOISE_RULE, step_median_and_spread_s, verdict
 
 STEPS_OF_ONE_SECOND = (
     9.0,
@@ -440,6 +440,6 @@ def test_missing_matplotlib_is_an_error_that_names_the_extra(tmp_path: Path, mon
 
 
 def test_importing_the_report_loads_neither_matplotlib_nor_torch() -> None:
-    code = "import hf_lema.report, sys; print({'matplotlib', 'torch', 'transformers'} & set(sys.modules))"
+    code = "import hf_lema.reporting.report, sys; print({'matplotlib', 'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"

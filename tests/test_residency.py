@@ -15,8 +15,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.residency import HEAD_ROOM_BYTES, VramBudget, free_vram_bytes
-from hf_lema.schedule import spread_evenly
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES, VramBudget, free_vram_bytes
+from hf_lema.runtime.schedule import spread_evenly
 
 GIB, MIB = 2**30, 2**20
 CUDA = torch.device("cuda", 0)

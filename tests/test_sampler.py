@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lema.sampler import MemoryPeak, MemorySampler, ProcessMemory, read_process_memory
+from hf_lema.measuring.sampler import MemoryPeak, MemorySampler, ProcessMemory, read_process_memory
 from hf_lema.units import MIB
 
 
@@ -170,7 +170,7 @@ def test_settings_that_cannot_be_sampled_with_are_refused(options: dict[str, Any
 
 def test_a_process_that_dies_with_an_open_sampler_still_ends() -> None:
     script = """
-        from hf_lema.sampler import MemorySampler
+        from hf_lema.measuring.sampler import MemorySampler
         sampler = MemorySampler(interval_s=0.01).start()
         raise SystemExit(7)
     """

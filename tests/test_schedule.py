@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lema.schedule import Direction, Schedule, spread_evenly, transfers_per_step
+from hf_lema.runtime.schedule import Direction, Schedule, spread_evenly, transfers_per_step
 
 FORWARD, BACKWARD = Direction.FORWARD, Direction.BACKWARD
 

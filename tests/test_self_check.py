@@ -11,7 +11,7 @@ import torch
 from models import ORDERS, STOCK, assert_same_tensors, build, closing, forward_backward, gradients, lora, prepare
 
 from hf_lema import LemaConfig, cli, get_streamer
-from hf_lema.self_check import NUM_CHECKED_VISITS, SelfCheck, check_steps
+from hf_lema.layer.self_check import NUM_CHECKED_VISITS, SelfCheck, check_steps
 from hf_lema.wrapper import find_check
 
 pytestmark = pytest.mark.integration

@@ -8,8 +8,8 @@ import pytest
 import torch
 from fake_store import CPU, layer_layout
 
-from hf_lema.layout import make_layout
-from hf_lema.slots import Slot, SlotPool, SlotState
+from hf_lema.files.layout import make_layout
+from hf_lema.runtime.slots import Slot, SlotPool, SlotState
 
 FREE, FILLING, READY, LEASED = SlotState.FREE, SlotState.FILLING, SlotState.READY, SlotState.LEASED
 

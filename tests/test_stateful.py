@@ -21,9 +21,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hf_lema.schedule import Direction
-from hf_lema.slots import SlotState
-from hf_lema.streamer import LayerStreamer
+from hf_lema.runtime.schedule import Direction
+from hf_lema.runtime.slots import SlotState
+from hf_lema.runtime.streamer import LayerStreamer
 
 MAX_LAYERS = 6
 

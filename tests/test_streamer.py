@@ -14,13 +14,13 @@ import pytest
 import torch
 from fake_store import CPU, MAX_WAIT_S, FakeStore, bounded, in_thread, wait_until, wait_until_idle
 
-from hf_lema.events import StreamWaitClock
-from hf_lema.host_store import RamStore
-from hf_lema.layout import make_layout
-from hf_lema.prefetcher import Prefetcher
-from hf_lema.schedule import Direction
-from hf_lema.slots import SlotState
-from hf_lema.streamer import LayerStreamer
+from hf_lema.files.layout import make_layout
+from hf_lema.runtime.events import StreamWaitClock
+from hf_lema.runtime.host_store import RamStore
+from hf_lema.runtime.prefetcher import Prefetcher
+from hf_lema.runtime.schedule import Direction
+from hf_lema.runtime.slots import SlotState
+from hf_lema.runtime.streamer import LayerStreamer
 
 FORWARD, BACKWARD = Direction.FORWARD, Direction.BACKWARD
 

@@ -18,12 +18,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lema import LemaConfig, LemaModelWrapper, get_streamer, telemetry, vram_meter
-from hf_lema.sampler import MemorySampler, read_process_memory
-from hf_lema.streamer import StreamerStats
-from hf_lema.telemetry import MemoryTelemetryCallback
+from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
+from hf_lema.measuring import telemetry, vram_meter
+from hf_lema.measuring.sampler import MemorySampler, read_process_memory
+from hf_lema.measuring.telemetry import MemoryTelemetryCallback
+from hf_lema.measuring.vram_meter import AllocatorPeak
+from hf_lema.runtime.streamer import StreamerStats
 from hf_lema.units import GIB, MIB
-from hf_lema.vram_meter import AllocatorPeak
 
 pytestmark = pytest.mark.integration
 

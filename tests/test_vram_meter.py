@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lema import vram_meter
+from hf_lema.measuring import vram_meter
+from hf_lema.measuring.vram_meter import AllocatorPeak, VramMeter
 from hf_lema.units import GIB
-from hf_lema.vram_meter import AllocatorPeak, VramMeter
 
 
 class FakeNvml:

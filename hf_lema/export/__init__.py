@@ -1,0 +1,1 @@
+"""Adapters merged into a standard checkpoint, and `.bin` weights converted to safetensors."""

@@ -1,0 +1,222 @@
+"""Plans side by side: which of them fit a card and a machine, as text and as a dictionary.
+
+Responsibility: `compare_plans` for a streamed model, stock PEFT and QLoRA, the table of ``hf-lema plan``, and what to
+change where something does not fit. Plans nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft import LoraConfig
+
+from hf_lema.config import LemaConfig
+from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
+from hf_lema.planning.memory_plan import MemoryPlan
+from hf_lema.planning.planner import Model, best_plan, stock_plan
+from hf_lema.planning.step_cost import PlanOptions, StepCost
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES
+from hf_lema.units import format_bytes
+
+_NAMES = {"lema": "LEMA", "peft": "stock PEFT", "qlora": "QLoRA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanComparison:
+    """Plans for the same job, and whether they fit.
+
+    Attributes:
+        plans: Streamed, stock PEFT and QLoRA; where the streamed one does not fit, the least that it would take.
+        fits: Whether each fits the card and the machine.
+        advice: What to change, a sentence each.
+        vram_bytes: The card.
+        vram_limit_bytes: What the allocator may hand out: the card less context and head-room.
+        ram_bytes: The machine; None for this one.
+        rates: Of the card.
+    """
+
+    plans: tuple[MemoryPlan, ...]
+    fits: tuple[bool, ...]
+    advice: tuple[str, ...]
+    vram_bytes: int
+    vram_limit_bytes: int
+    ram_bytes: int | None
+    rates: DeviceRates
+
+
+def compare_plans(
+    model: Model,
+    config: LemaConfig | None = None,
+    *,
+    batch_size: int,
+    seq_len: int,
+    vram_bytes: int | None = None,
+    ram_bytes: int | None = None,
+    lora: LoraConfig | int = 16,
+    rates: DeviceRates | None = None,
+    options: PlanOptions | None = None,
+) -> PlanComparison:
+    """Plans one job three ways.
+
+    Args:
+        model: As for `plan_memory`.
+        config: Budgets of the streamed model; by default all of the card and the machine.
+        batch_size: Sequences that one process trains on at a time.
+        seq_len: Tokens of each.
+        vram_bytes: The card's size; None for the one in ``rates``.
+        ram_bytes: The machine's free RAM; None for this machine's.
+        lora: Adapter, or its rank.
+        rates: Of the card; the data sheet's of an H100 if None.
+        options: The rest.
+
+    Raises:
+        ValueError: The model cannot be planned, or a stated RAM budget holds nothing.
+    """
+    rates, config = rates or DATA_SHEETS["H100"], config or LemaConfig()
+    card_bytes = rates.vram_bytes if vram_bytes is None else vram_bytes
+    options = replace(options or PlanOptions(), vram_bytes=card_bytes, ram_bytes=ram_bytes)
+    limit_bytes = card_bytes - rates.context_bytes - HEAD_ROOM_BYTES
+    advice: list[str] = []
+    cost = StepCost(model, batch_size, seq_len, lora, rates, options)
+    try:
+        streamed = best_plan(cost, config, options)
+        is_refused = streamed.vram_bytes > limit_bytes
+    except ValueError as error:
+        streamed = best_plan(cost, replace(config, vram_budget="min"), options)
+        is_refused = True
+        advice.append(f"LEMA: {error}")
+
+    four_bit = replace(options, quantization="nf4")
+    packed_cost = StepCost(model, batch_size, seq_len, lora, rates, four_bit, is_upcast=True)
+    peft, qlora = stock_plan(cost, is_checkpointed=True), stock_plan(packed_cost, is_checkpointed=True)
+    for plan, of_plan in ((peft, cost), (qlora, packed_cost)):
+        if plan.vram_bytes > limit_bytes:
+            advice.append(_advice(plan, limit_bytes, of_plan))
+    plans = (streamed, peft, qlora)
+    fits = (not is_refused, *(plan.vram_bytes <= limit_bytes for plan in plans[1:]))
+    return PlanComparison(
+        plans=plans,
+        fits=fits,
+        advice=tuple(advice),
+        vram_bytes=card_bytes,
+        vram_limit_bytes=limit_bytes,
+        ram_bytes=ram_bytes,
+        rates=rates,
+    )
+
+
+def _advice(plan: MemoryPlan, limit_bytes: int, cost: StepCost) -> str:
+    """What would make a stock run fit: the largest batch found by halving, or nothing."""
+    name = _NAMES[plan.contender]
+    if plan.always_bytes > limit_bytes:
+        return f"{name}: weights and optimizer alone take {format_bytes(plan.always_bytes)}; no batch size fits."
+    size = plan.batch_size // 2
+    while size and stock_plan(cost.at(cost.rates, size), is_checkpointed=True).vram_bytes > limit_bytes:
+        size //= 2
+    if not size:
+        return f"{name}: no batch size fits at {plan.seq_len} tokens."
+    return f"{name}: fits with per_device_train_batch_size={size}."
+
+
+# ---- text ----
+
+
+def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
+    peak = plan.peak
+    layers = f"{len(plan.resident_layers)} of {plan.num_layers}"
+    return [
+        ("slots", format_bytes(plan.slots_bytes)),
+        ("resident layers", f"{format_bytes(plan.resident_bytes)} ({layers})"),
+        ("embedding and head", format_bytes(plan.embedding_bytes + plan.head_bytes)),
+        ("norms, buffers", format_bytes(plan.other_bytes)),
+        ("adapter", format_bytes(plan.adapter_bytes)),
+        ("optimizer", format_bytes(plan.optimizer_bytes)),
+        ("cuBLAS workspace", format_bytes(plan.workspace_bytes)),
+        ("peaks in", peak.name),
+        ("- boundary activations", format_bytes(peak.boundary_bytes)),
+        ("- gradients", format_bytes(peak.gradient_bytes)),
+        ("- activations", format_bytes(peak.activation_bytes)),
+        ("VRAM allocated", format_bytes(plan.vram_bytes)),
+        ("CUDA context", format_bytes(plan.context_bytes)),
+        ("RAM", format_bytes(plan.host.private_bytes)),
+        ("- page-locked", format_bytes(plan.host.page_locked_bytes)),
+        ("left in files", format_bytes(plan.host.file_backed_bytes)),
+        ("micro-batch", str(plan.micro_batch_size)),
+        ("layers rest in", plan.tier),
+        ("boundaries wait in", plan.boundaries),
+        ("moved a step", format_bytes(plan.h2d_bytes)),
+        ("forward", _phase_text(plan.time.forward_compute_s, plan.time.forward_moving_s)),
+        ("backward", _phase_text(plan.time.backward_compute_s, plan.time.backward_moving_s)),
+        ("step, at least", f"{plan.time.step_s:.3g} s"),
+    ]
+
+
+def _phase_text(compute_s: float, moving_s: float) -> str:
+    if moving_s <= compute_s:
+        return f"{compute_s:.3g} s"
+    return f"{moving_s:.3g} s (bus; {compute_s:.3g} computing)"
+
+
+def format_plans(plans: Sequence[MemoryPlan]) -> str:
+    """A table with one column a plan, for a terminal."""
+    columns = [_rows(plan) for plan in plans]
+    titles = ["", *(_NAMES[plan.contender] for plan in plans)]
+    lines = [
+        titles,
+        *(
+            [column[i][0] if j < 0 else column[i][1] for j, column in enumerate([columns[0], *columns], -1)]
+            for i in range(len(columns[0]))
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def format_comparison(comparison: PlanComparison) -> str:
+    """What ``hf-lema plan`` prints."""
+    first, rates = comparison.plans[0], comparison.rates
+    verdicts = [
+        f"{_NAMES[plan.contender]}: {'fits' if fits else 'does not fit'}"
+        for plan, fits in zip(comparison.plans, comparison.fits, strict=True)
+    ]
+    return "\n".join(
+        [
+            f"{first.model}, {first.batch_size} x {first.seq_len} tokens, {format_bytes(comparison.vram_bytes)} of "
+            f"VRAM ({format_bytes(comparison.vram_limit_bytes)} beside context and head-room)",
+            "",
+            format_plans(comparison.plans),
+            "",
+            *verdicts,
+            *comparison.advice,
+            f"Times are lower bounds from {rates.origin} rates ({rates.name}).",
+        ]
+    )
+
+
+# ---- dictionary ----
+
+
+def plan_as_dict(plan: MemoryPlan) -> dict[str, Any]:
+    """A plan for JSON: every field, and what follows from them."""
+    return dataclasses.asdict(plan) | {
+        "vram_bytes": plan.vram_bytes,
+        "always_bytes": plan.always_bytes,
+        "peak_phase": plan.peak.name,
+        "host_private_bytes": plan.host.private_bytes,
+        "step_s": plan.time.step_s,
+        "is_bound_by_compute": plan.time.is_bound_by_compute,
+    }
+
+
+def comparison_as_dict(comparison: PlanComparison) -> dict[str, Any]:
+    """A comparison for JSON."""
+    return dataclasses.asdict(comparison) | {"plans": [plan_as_dict(plan) for plan in comparison.plans]}

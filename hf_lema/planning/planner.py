@@ -1,0 +1,367 @@
+"""What a training run will take of VRAM, RAM and time, and how to spend the memory that is left.
+
+Responsibility: `plan_memory` for a streamed model, `plan_stock` for stock PEFT and QLoRA: arithmetic over what
+`Rehearsal` has counted, and the choice between the ways to run. Allocates nothing and touches no device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_lema.config import LemaConfig
+from hf_lema.model.outside import MIN_PIECE_BYTES
+from hf_lema.model.placement import RAM_HEAD_ROOM_BYTES
+from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
+from hf_lema.planning.memory_plan import HostBytes, MemoryPlan, Place, StepTime
+from hf_lema.planning.meter import allocated_bytes
+from hf_lema.planning.step_cost import PlanOptions, StepCost, VisitCosts
+from hf_lema.runtime.host_memory import available_host_bytes
+from hf_lema.runtime.host_store import MAX_RING_BYTES, WINDOW_BYTES
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES
+from hf_lema.runtime.schedule import spread_evenly, transfers_per_step
+from hf_lema.units import format_bytes
+
+TILE_TOKENS = 4096
+"""Tokens of a tile, where one sequence is longer: large enough for matrix products at full rate."""
+
+MAX_MIN_SLOWDOWN = 1.2
+"""Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
+
+Model = str | Path | PretrainedConfig | nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    micro_batch_size: int
+    tile_tokens: int
+    boundaries: Place
+    embedding_and_head: Place
+
+
+def plan_memory(
+    model: Model,
+    config: LemaConfig | None = None,
+    *,
+    batch_size: int,
+    seq_len: int,
+    lora: LoraConfig | int | None = 16,
+    rates: DeviceRates | None = None,
+    options: PlanOptions | None = None,
+) -> MemoryPlan:
+    """Plans the training of a streamed model, from its configuration and file headers alone.
+
+    Of all micro-batch sizes, places for boundary activations, embedding and head, and numbers of resident layers that
+    the budgets allow, the plan is the one with the shortest modelled step; under ``vram_budget="min"`` the one that
+    takes least VRAM among those with nothing resident whose step is at most `MAX_MIN_SLOWDOWN` times the fastest one's.
+
+    Args:
+        model: A named shape, folder, hub id, configuration, or a model (wrapped, with adapters, or neither).
+        config: Budgets, slots, and the micro-batch size where it is not 0; the defaults if None.
+        batch_size: Sequences that one process trains on at a time.
+        seq_len: Tokens of each.
+        lora: Adapter for a model that has none: a configuration, the rank of one on all linear layers, or None.
+        rates: Of the card; the data sheet's of an H100 if None.
+        options: The rest.
+
+    Raises:
+        ValueError: A budget in which nothing fits (the message says what would), or a model that cannot be planned.
+    """
+    config, options = config or LemaConfig(), options or PlanOptions()
+    if config.micro_batch_size and options.micro_batch_size is None:
+        options = replace(options, micro_batch_size=config.micro_batch_size)
+    if config.quantization and options.quantization is None:
+        options = replace(options, quantization=config.quantization, double_quantization=config.double_quantization)
+    cost = StepCost(model, batch_size, seq_len, lora, rates or DATA_SHEETS["H100"], options)
+    return best_plan(cost, config, options)
+
+
+def best_plan(cost: StepCost, config: LemaConfig, options: PlanOptions) -> MemoryPlan:
+    """`plan_memory` for a step whose cost is known; so that several budgets are planned without counting again.
+
+    Args:
+        cost: Of the step.
+        config: As for `plan_memory`.
+        options: Places, numbers and free memory; what they say of the step itself is in ``cost``.
+
+    Raises:
+        ValueError: As for `plan_memory`.
+    """
+    return _Search(cost, config, options).best()
+
+
+def plan_stock(
+    model: Model,
+    *,
+    batch_size: int,
+    seq_len: int,
+    lora: LoraConfig | int | None = 16,
+    rates: DeviceRates | None = None,
+    options: PlanOptions | None = None,
+    is_checkpointed: bool = True,
+) -> MemoryPlan:
+    """Plans stock PEFT with the whole model in VRAM, or QLoRA where the options ask for NF4.
+
+    Args:
+        model: As for `plan_memory`.
+        batch_size: As there.
+        seq_len: As there.
+        lora: As there.
+        rates: As there.
+        options: As there; places and budgets do not count.
+        is_checkpointed: Whether gradient checkpointing is on.
+    """
+    options = options or PlanOptions()
+    rates = rates or DATA_SHEETS["H100"]
+    cost = StepCost(model, batch_size, seq_len, lora, rates, options, is_upcast=options.is_packed)
+    return stock_plan(cost, is_checkpointed)
+
+
+def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
+    """`plan_stock` for a step whose cost is known.
+
+    Args:
+        cost: Of the step.
+        is_checkpointed: Whether gradient checkpointing is on.
+    """
+    visits, ends, tensors = cost.stock_visits(is_checkpointed), cost.ends(False), cost.tensors
+    return MemoryPlan(
+        contender="qlora" if cost.options.is_packed else "peft",
+        model=cost.name,
+        batch_size=cost.batch_size,
+        seq_len=cost.seq_len,
+        micro_batch_size=cost.batch_size,
+        tile_tokens=0,
+        resident_layers=tuple(range(cost.num_layers)),
+        num_layers=cost.num_layers,
+        tier="vram",
+        boundaries="vram",
+        embedding_and_head="vram",
+        slots_bytes=0,
+        resident_bytes=sum(tensors.layer_bytes.values()),
+        embedding_bytes=tensors.embedding_bytes,
+        head_bytes=tensors.head_bytes,
+        other_bytes=tensors.other_bytes,
+        adapter_bytes=tensors.adapter_bytes,
+        optimizer_bytes=cost.optimizer_bytes,
+        workspace_bytes=cost.rates.workspace_bytes,
+        phases=cost.phases(visits, ends, in_ring=False),
+        context_bytes=cost.rates.context_bytes,
+        host=HostBytes(
+            slab_bytes=0, page_locked_bytes=0, file_backed_bytes=0, ring_bytes=0, boundary_bytes=0, embedding_bytes=0
+        ),
+        h2d_bytes=0,
+        time=StepTime(
+            forward_compute_s=visits.forward_s,
+            forward_moving_s=0.0,
+            backward_compute_s=visits.backward_s,
+            backward_moving_s=0.0,
+            ends_s=cost.ends_s(ends, 0),
+            update_s=cost.update_s(),
+        ),
+    )
+
+
+class _Search:
+    """Compares the ways to run one streamed model within its budgets."""
+
+    def __init__(self, cost: StepCost, config: LemaConfig, options: PlanOptions) -> None:
+        self._cost, self._config, self._options = cost, config, options
+        self._layers = tuple(sorted(cost.tensors.layer_bytes))
+        self._layer_bytes = max(cost.tensors.layer_bytes.values(), default=0)
+        self._slot_bytes = allocated_bytes(self._layer_bytes)
+        self._streamable_bytes = sum(cost.tensors.layer_bytes.values())
+        self._ram_bytes = self._ram_budget_bytes()
+        self._is_disk = self._ram_bytes is None or self._streamable_bytes > self._ram_bytes
+        self._transfers = functools.cache(self._num_transfers)
+
+    def best(self) -> MemoryPlan:
+        """The plan within the budgets; see `plan_memory`."""
+        bare = [plan for choice in self._choices() if self._fits_ram(plan := self._plan(choice, 0))]
+        if not bare:
+            raise ValueError(self._ram_message())
+        budget_bytes = self._vram_budget_bytes()
+        if budget_bytes is None:
+            fastest_s = min(plan.time.step_s for plan in bare)
+            quick = [plan for plan in bare if plan.time.step_s <= MAX_MIN_SLOWDOWN * fastest_s]
+            return min(quick, key=lambda plan: (plan.vram_bytes, plan.time.step_s))
+        filled = [self._filled(plan, budget_bytes) for plan in bare if plan.vram_bytes <= budget_bytes]
+        if not filled:
+            least = min(bare, key=lambda plan: plan.vram_bytes)
+            raise ValueError(
+                f"{self._cost.name} with {least.batch_size} x {least.seq_len} tokens does not fit a VRAM budget of "
+                f"{format_bytes(budget_bytes)}: the least that works is {format_bytes(least.vram_bytes)} "
+                f"({least.vram_bytes} bytes), with micro-batches of {least.micro_batch_size}. Raise the budget, or use "
+                "shorter sequences"
+            )
+        # Where computing hides the bus, several ways take the same time: the one that moves least is left alone.
+        return min(filled, key=lambda plan: (plan.time.step_s, plan.h2d_bytes, plan.vram_bytes))
+
+    def _choices(self) -> Iterator[_Choice]:
+        """Every way to run, the micro-batch halved from the whole batch down."""
+        sizes = [self._cost.batch_size]
+        while sizes[-1] > 1:
+            sizes.append(-(-sizes[-1] // 2))
+        if self._options.micro_batch_size:
+            sizes = [min(self._options.micro_batch_size, self._cost.batch_size)]
+        places: tuple[Place, ...] = ("vram", "ram")
+        boundaries = places if self._options.boundaries is None else (self._options.boundaries,)
+        ends = places if self._options.embedding_and_head is None else (self._options.embedding_and_head,)
+        cuts = [(size, 0) for size in sizes]
+        if sizes[-1] == 1 and self._cost.seq_len > TILE_TOKENS:
+            cuts.append((1, TILE_TOKENS))
+        for (size, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
+            yield _Choice(micro_batch_size=size, tile_tokens=tile_tokens, boundaries=boundary, embedding_and_head=end)
+
+    def _filled(self, plan: MemoryPlan, budget_bytes: int) -> MemoryPlan:
+        """The same way to run with as many resident layers as the budget holds."""
+        num_resident = min((budget_bytes - plan.vram_bytes) // max(1, self._slot_bytes), len(self._layers))
+        if self._options.num_resident is not None:
+            num_resident = min(num_resident, self._options.num_resident)
+        choice = _Choice(
+            micro_batch_size=plan.micro_batch_size,
+            tile_tokens=plan.tile_tokens,
+            boundaries=plan.boundaries,
+            embedding_and_head=plan.embedding_and_head,
+        )
+        return self._plan(choice, num_resident)
+
+    # ---- budgets ----
+
+    def _vram_budget_bytes(self) -> int | None:
+        """What the allocator may hand out; None for ``"min"``."""
+        if self._config.vram_budget == "min":
+            return None
+        if self._config.vram_budget_bytes is not None:
+            return self._config.vram_budget_bytes
+        rates = self._cost.rates
+        card_bytes = rates.vram_bytes if self._options.vram_bytes is None else self._options.vram_bytes
+        return card_bytes - rates.context_bytes - HEAD_ROOM_BYTES
+
+    def _ram_budget_bytes(self) -> int | None:
+        """What layers, boundary activations and the head may take together; None for ``"min"``."""
+        if self._config.ram_budget == "min":
+            return None
+        if self._config.ram_budget_bytes is not None:
+            return self._config.ram_budget_bytes
+        given = self._options.ram_bytes
+        return (available_host_bytes() if given is None else given) - RAM_HEAD_ROOM_BYTES
+
+    def _fits_ram(self, plan: MemoryPlan) -> bool:
+        """Whether slab, ring and what every process has of its own fit; ``"min"`` says nothing about the latter."""
+        if self._ram_bytes is None:
+            return True
+        own_bytes = plan.host.private_bytes - plan.host.slab_bytes
+        return plan.host.slab_bytes + own_bytes * self._options.num_processes <= self._ram_bytes
+
+    def _ram_message(self) -> str:
+        return (
+            f"{self._cost.name}: the RAM budget of {format_bytes(self._ram_bytes or 0)} holds neither the streamed "
+            f"layers ({format_bytes(self._streamable_bytes)}) nor the ring to read them through, beside boundary "
+            'activations. Raise it, use ram_budget="min", or a smaller batch'
+        )
+
+    # ---- one plan ----
+
+    def _plan(self, choice: _Choice, num_resident: int) -> MemoryPlan:
+        cost, tensors = self._cost, self._cost.tensors
+        visits, ends = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens), cost.ends(True)
+        ends_in_ram = choice.embedding_and_head == "ram"
+        resident = tuple(self._layers[i] for i in spread_evenly(num_resident, len(self._layers)))
+        num_streamed = len(self._layers) - num_resident
+        host = self._host(visits, choice)
+        time, h2d_bytes = self._time(visits, choice, num_resident, resident)
+        return MemoryPlan(
+            contender="lema",
+            model=cost.name,
+            batch_size=cost.batch_size,
+            seq_len=cost.seq_len,
+            micro_batch_size=choice.micro_batch_size,
+            tile_tokens=choice.tile_tokens,
+            resident_layers=resident,
+            num_layers=cost.num_layers,
+            tier="vram" if not num_streamed else "disk" if self._is_disk else "ram",
+            boundaries=choice.boundaries,
+            embedding_and_head=choice.embedding_and_head,
+            slots_bytes=self._config.num_slots * self._slot_bytes,
+            resident_bytes=sum(allocated_bytes(tensors.layer_bytes[i]) for i in resident),
+            embedding_bytes=0 if ends_in_ram else tensors.embedding_bytes,
+            head_bytes=0 if ends_in_ram else tensors.head_bytes,
+            other_bytes=tensors.other_bytes,
+            adapter_bytes=tensors.adapter_bytes,
+            optimizer_bytes=cost.optimizer_bytes,
+            workspace_bytes=cost.rates.workspace_bytes,
+            phases=cost.phases(
+                visits,
+                ends,
+                in_ring=choice.boundaries == "ram",
+                head_piece_bytes=self._head_piece_bytes() if ends_in_ram else 0,
+            ),
+            context_bytes=cost.rates.context_bytes,
+            host=host,
+            h2d_bytes=h2d_bytes,
+            time=time,
+        )
+
+    def _head_piece_bytes(self) -> int:
+        """Pieces of the head that are on the device at once: one, or one that computes and one that arrives."""
+        tensors = self._cost.tensors
+        whole_bytes = tensors.head_bytes or tensors.embedding_bytes
+        return min(whole_bytes, 2 * max(self._layer_bytes, MIN_PIECE_BYTES))
+
+    def _host(self, visits: VisitCosts, choice: _Choice) -> HostBytes:
+        tensors = self._cost.tensors
+        ring_bytes = 0
+        if self._is_disk and self._layers:
+            most_bytes = MAX_RING_BYTES if self._ram_bytes is None else min(MAX_RING_BYTES, self._ram_bytes // 2)
+            num_windows = min(2 * -(-self._layer_bytes // WINDOW_BYTES), most_bytes // WINDOW_BYTES)
+            ring_bytes = max(2, num_windows) * WINDOW_BYTES
+        slab_bytes = 0 if self._is_disk else self._streamable_bytes
+        boundary_bytes = visits.boundary_bytes(self._cost.lowest) if choice.boundaries == "ram" else 0
+        in_ram = choice.embedding_and_head == "ram"
+        embedding_bytes = tensors.embedding_bytes + tensors.head_bytes if in_ram else 0
+        return HostBytes(
+            slab_bytes=slab_bytes,
+            page_locked_bytes=slab_bytes + ring_bytes + boundary_bytes + embedding_bytes,
+            file_backed_bytes=self._streamable_bytes if self._is_disk else 0,
+            ring_bytes=ring_bytes,
+            boundary_bytes=boundary_bytes,
+            embedding_bytes=embedding_bytes,
+        )
+
+    def _time(
+        self, visits: VisitCosts, choice: _Choice, num_resident: int, resident: tuple[int, ...]
+    ) -> tuple[StepTime, int]:
+        """Lower bound of the step, and the bytes that it moves to the device."""
+        cost, tensors = self._cost, self._cost.tensors
+        streamed = tuple(i for i in self._layers if i not in resident)
+        mean_bytes = sum(tensors.layer_bytes[i] for i in streamed) / max(1, len(streamed))
+        num_transfers = self._transfers(streamed)
+        forward_bytes = -(-num_transfers // 2) * mean_bytes
+        backward_bytes = num_transfers // 2 * mean_bytes
+        boundary_bytes = visits.boundary_bytes(cost.lowest) if choice.boundaries == "ram" else 0
+        head_bytes = 0
+        if choice.embedding_and_head == "ram":  # the head in the forward and in the backward of the loss
+            head_bytes = 2 * (tensors.head_bytes or tensors.embedding_bytes) + visits.embedded_bytes
+        time = StepTime(
+            forward_compute_s=visits.forward_s,
+            forward_moving_s=cost.moving_s(forward_bytes, boundary_bytes, self._is_disk),
+            backward_compute_s=visits.backward_s,
+            backward_moving_s=max(
+                cost.moving_s(backward_bytes + boundary_bytes, 0, False),
+                cost.moving_s(backward_bytes, 0, self._is_disk),
+            ),
+            ends_s=cost.ends_s(cost.ends(True), head_bytes),
+            update_s=cost.update_s(),
+        )
+        return time, int(forward_bytes + backward_bytes) + boundary_bytes + head_bytes
+
+    def _num_transfers(self, streamed: tuple[int, ...]) -> int:
+        return transfers_per_step(streamed, self._cost.num_layers, self._config.num_slots, self._cost.lowest)

@@ -1,0 +1,297 @@
+"""The parts of one model's training step at one batch and card: their bytes by phase, and their seconds.
+
+Responsibility: `StepCost`, which puts rehearsed parts together. Knows no budgets and decides nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_lema.planning.blueprint import TensorBytes, draw, packed_weights, sort_tensors
+from hf_lema.planning.device_rates import DeviceRates
+from hf_lema.planning.memory_plan import Phase, Place
+from hf_lema.planning.meter import allocated_bytes
+from hf_lema.planning.rehearsal import PartCost, Rehearsal
+
+NUM_BOUNDARY_SLOTS = 2
+"""Device buffers through which boundary activations return: one computes, one arrives. They stay from step to step."""
+
+_OPTIMIZER_PASSES = 12
+"""Reads and writes of each trainable number in an update: unscaling and clipping 5, fused AdamW 7."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is planned besides the shapes of model and batch.
+
+    Attributes:
+        dtype: Of the weights; None for the checkpoint's own.
+        quantization: None or ``"nf4"``: linear weights of the decoder layers in 4 bits.
+        double_quantization: Whether the scales of NF4 are quantized too.
+        gradient_accumulation_steps: As in ``TrainingArguments``; above 1 gradients are there in every phase.
+        num_moments: Tensors that the optimizer keeps per trainable one: 2 for AdamW.
+        num_processes: Processes on the machine; they share one slab.
+        micro_batch_size: Fixed instead of chosen; None to choose.
+        boundaries: Fixed place of boundary activations; None to choose.
+        embedding_and_head: Fixed place of these; None to choose.
+        num_resident: Most resident layers; None for as many as fit.
+        vram_bytes: The card's size for ``vram_budget="auto"``; None for the one in the rates.
+        ram_bytes: Free RAM for ``ram_budget="auto"``; None for what is free on this machine.
+    """
+
+    dtype: torch.dtype | str | None = None
+    quantization: str | None = None
+    double_quantization: bool = True
+    gradient_accumulation_steps: int = 1
+    num_moments: int = 2
+    num_processes: int = 1
+    micro_batch_size: int | None = None
+    boundaries: Place | None = None
+    embedding_and_head: Place | None = None
+    num_resident: int | None = None
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization not in (None, "nf4"):
+            raise ValueError(f'quantization is {self.quantization!r}, expected None or "nf4"')
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether linear weights are in 4 bits."""
+        return self.quantization == "nf4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisitCosts:
+    """The visits of all layers, one entry a layer.
+
+    Attributes:
+        embedded_bytes: The first layer's input.
+        kept_bytes: What a visit keeps for its backward, its output included.
+        output_bytes: Its output.
+        forward_peak_bytes: Above what was there when it began.
+        backward_peak_bytes: The same, with the gradient of its output there already.
+        forward_s: All layers together.
+        backward_s: All layers that train, and those above them.
+    """
+
+    embedded_bytes: int
+    kept_bytes: tuple[int, ...]
+    output_bytes: tuple[int, ...]
+    forward_peak_bytes: tuple[int, ...]
+    backward_peak_bytes: tuple[int, ...]
+    forward_s: float
+    backward_s: float
+
+    def boundary_bytes(self, lowest: int) -> int:
+        """Inputs of the layers from ``lowest`` on."""
+        return sum((self.embedded_bytes, *self.output_bytes)[lowest : len(self.output_bytes)])
+
+
+class StepCost:
+    """What the parts of a step take, whatever is decided about them.
+
+    Args:
+        model: As for `draw`.
+        batch_size: Sequences.
+        seq_len: Tokens of each.
+        lora: As for `draw`.
+        rates: Of the card.
+        options: The rest.
+        is_upcast: Whether what is not packed goes to float32, as ``prepare_model_for_kbit_training`` has it for QLoRA.
+
+    Attributes:
+        num_layers: Decoder layers.
+        lowest: The lowest layer that the backward reaches; ``num_layers`` where none trains.
+        tensors: The model's tensors by what becomes of them.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PretrainedConfig | nn.Module,
+        batch_size: int,
+        seq_len: int,
+        lora: LoraConfig | int | None,
+        rates: DeviceRates,
+        options: PlanOptions,
+        is_upcast: bool = False,
+    ) -> None:
+        wrong = {name: n for name, n in (("batch_size", batch_size), ("seq_len", seq_len)) if n < 1}
+        if wrong:
+            raise ValueError(f"expected at least 1, got {wrong}")
+        blueprint = draw(model, options.dtype, lora)
+        self.name = blueprint.name
+        self.batch_size, self.seq_len, self.rates, self.options = batch_size, seq_len, rates, options
+        packed = packed_weights(blueprint.lm) if options.is_packed else []
+        if is_upcast:
+            _upcast(blueprint.lm, packed)
+        self.tensors: TensorBytes = sort_tensors(
+            blueprint.lm, is_packed=options.is_packed, is_double=options.double_quantization
+        )
+        self.num_layers = len(self.tensors.layer_adapter_bytes)
+        trained = [i for i, nbytes in enumerate(self.tensors.layer_adapter_bytes) if nbytes]
+        self.lowest = min(trained, default=self.num_layers)
+        self._rehearsal = Rehearsal(
+            blueprint.lm,
+            precision=blueprint.dtype if blueprint.dtype.itemsize == 2 else None,
+            has_flash=rates.has_flash_attention,
+            packed=packed,
+        )
+        self.streamed_visits = functools.cache(self._streamed_visits)
+        self.ends = functools.cache(functools.partial(self._rehearsal.ends, batch_size, seq_len))
+
+    def at(self, rates: DeviceRates, batch_size: int | None = None) -> StepCost:
+        """The same step on a card with other rates, or with another batch; only what is new is counted.
+
+        Args:
+            rates: Of a card with the same attention kernels.
+            batch_size: Sequences; None for as many.
+
+        Raises:
+            ValueError: The card has other attention kernels.
+        """
+        if rates.has_flash_attention != self.rates.has_flash_attention:
+            raise ValueError(f"{rates.name} has other attention kernels than {self.rates.name}: count the step anew")
+        other = copy.copy(self)
+        other.rates = rates
+        other.batch_size = self.batch_size if batch_size is None else batch_size
+        other.streamed_visits = functools.cache(other._streamed_visits)
+        if other.batch_size != self.batch_size:
+            other.ends = functools.cache(functools.partial(self._rehearsal.ends, other.batch_size, self.seq_len))
+        return other
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """The optimizer's tensors, and for each trainable one a step counter."""
+        tensors = self.tensors
+        return self.options.num_moments * tensors.adapter_bytes + allocated_bytes(4) * tensors.num_adapter_tensors
+
+    # ---- visits ----
+
+    def _streamed_visits(self, micro_batch_size: int, tile_tokens: int = 0) -> VisitCosts:
+        """Visits in micro-batches and tiles.
+
+        At most two pieces are rehearsed. More of them are that work over again, and longer tensors of the whole batch:
+        the output in the forward, the input's gradient in the backward.
+        """
+        num_rehearsed = min(2 * micro_batch_size, self.batch_size)
+        size = micro_batch_size if micro_batch_size < self.batch_size else 0
+        costs = [
+            self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, tile_tokens)
+            for i in range(self.num_layers)
+        ]
+        repeats = -(-self.batch_size // micro_batch_size) / -(-num_rehearsed // micro_batch_size)
+        return self._visits(costs, num_rehearsed, repeats)
+
+    def stock_visits(self, is_checkpointed: bool) -> VisitCosts:
+        """Visits of stock PEFT, the whole batch at once."""
+        costs = [
+            self._rehearsal.stock_visit(i, self.batch_size, self.seq_len, is_checkpointed)
+            for i in range(self.num_layers)
+        ]
+        return self._visits(costs, self.batch_size, 1.0)
+
+    def _visits(self, costs: Sequence[PartCost], num_rehearsed: int, repeats: float) -> VisitCosts:
+        output_bytes = [cost.output_bytes // num_rehearsed * self.batch_size for cost in costs]
+        more_bytes = [whole - cost.output_bytes for whole, cost in zip(output_bytes, costs, strict=True)]
+        paired = list(zip(costs, more_bytes, strict=True))
+        seconds = functools.cache(self.rates.compute_s)
+        return VisitCosts(
+            embedded_bytes=output_bytes[0],
+            kept_bytes=tuple(cost.forward.kept_bytes + more for cost, more in paired),
+            output_bytes=tuple(output_bytes),
+            forward_peak_bytes=tuple(cost.forward.peak_bytes + more for cost, more in paired),
+            backward_peak_bytes=tuple(cost.backward.peak_bytes + more for cost, more in paired),
+            forward_s=repeats * sum(seconds(cost.forward.work) for cost in costs),
+            backward_s=repeats * sum(seconds(cost.backward.work) for cost in costs[self.lowest :]),
+        )
+
+    # ---- memory ----
+
+    def phases(self, visits: VisitCosts, ends: PartCost, in_ring: bool, head_piece_bytes: int = 0) -> tuple[Phase, ...]:
+        """The moments at which the step may peak; of the layers' forwards and backwards the largest each.
+
+        Args:
+            visits: The layers.
+            ends: What comes before and after them.
+            in_ring: Whether boundary activations wait in RAM and pass through a ring in VRAM.
+            head_piece_bytes: Pieces of a head in RAM that are on the device at once.
+        """
+        adapters = self.tensors.layer_adapter_bytes
+        every_bytes = self.tensors.adapter_bytes
+        early_bytes = every_bytes if self.options.gradient_accumulation_steps > 1 else 0
+        outside_bytes = every_bytes - sum(adapters)
+        ring_bytes = NUM_BOUNDARY_SLOTS * max(visits.output_bytes)
+        below = [visits.embedded_bytes]  # what the layers below, and the embedding, have kept
+        for i, kept_bytes in enumerate(visits.kept_bytes):
+            below.append(below[-1] + kept_bytes if i >= self.lowest else visits.output_bytes[i])
+        forward = [
+            Phase(
+                name=f"forward of layer {i}",
+                boundary_bytes=ring_bytes + visits.output_bytes[i] if in_ring else below[i],
+                gradient_bytes=early_bytes,
+                activation_bytes=peak_bytes,
+            )
+            for i, peak_bytes in enumerate(visits.forward_peak_bytes)
+        ]
+        loss = Phase(
+            name="loss",
+            # The last layer's input is still leaving.
+            boundary_bytes=ring_bytes + 2 * visits.output_bytes[-1] if in_ring else below[-1],
+            gradient_bytes=max(early_bytes, outside_bytes),
+            activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes)
+            + head_piece_bytes,
+        )
+        backward = [
+            Phase(
+                name=f"backward of layer {i}",
+                boundary_bytes=ring_bytes if in_ring else below[i + 1] - visits.output_bytes[i],
+                gradient_bytes=max(early_bytes, outside_bytes + sum(adapters[i + 1 :])),
+                activation_bytes=visits.output_bytes[i] + visits.backward_peak_bytes[i],
+            )
+            for i in range(self.lowest, self.num_layers)
+        ]
+        update = Phase(name="update", boundary_bytes=0, gradient_bytes=every_bytes, activation_bytes=0)
+        peaks = [max(group, key=lambda phase: phase.nbytes) for group in (forward, backward) if group]
+        return (*peaks, loss, update)
+
+    # ---- time ----
+
+    def update_s(self) -> float:
+        """Unscaling, clipping and the fused optimizer: passes over the trainable tensors."""
+        return _OPTIMIZER_PASSES * self.tensors.adapter_bytes / self.rates.vram_read_write_bytes_per_s
+
+    def ends_s(self, ends: PartCost, moved_bytes: int) -> float:
+        """Embedding, head and loss.
+
+        Args:
+            ends: As rehearsed.
+            moved_bytes: What of them crosses the bus.
+        """
+        computed_s = self.rates.compute_s(ends.forward.work) + self.rates.compute_s(ends.backward.work)
+        return max(computed_s, moved_bytes / self.rates.h2d_bytes_per_s)
+
+    def moving_s(self, h2d_bytes: float, d2h_bytes: float, is_disk: bool) -> float:
+        """Seconds on the bus, and from the disk; while both ways are used, each is slower."""
+        rates = self.rates
+        shorter, longer = sorted((h2d_bytes, d2h_bytes))
+        bus_s = shorter / rates.duplex_bytes_per_s + (longer - shorter) / rates.h2d_bytes_per_s
+        return max(bus_s, h2d_bytes / rates.disk_bytes_per_s) if is_disk else bus_s
+
+
+def _upcast(lm: nn.Module, packed: Sequence[nn.Parameter]) -> None:
+    """What ``peft.prepare_model_for_kbit_training`` does: everything that is not packed goes to float32."""
+    left = {id(weight) for weight in packed}
+    for parameter in lm.parameters():
+        if id(parameter) not in left and parameter.is_floating_point():
+            parameter.data = parameter.data.float()

@@ -1,0 +1,1 @@
+"""Records in; tables, verdicts, curves, plots and the page out. Never measures."""

@@ -1,0 +1,119 @@
+"""JSON lines of ``bench_step.py`` as results of contenders, grouped to duels.
+
+Responsibility: that one form of file. A line is one contender on a random model of a named shape; lines that share
+shape, batch and machine stood side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_lema.reporting.contender import ContenderResult
+from hf_lema.reporting.repeats import merge_runs
+
+# Options that say how a contender was set up; the others say what the job was.
+_SET_UP = ("contender", "vram_budget", "ram_budget", "num_slots", "micro_batch_size", "tier", "cold")
+# These say how long it was looked at, or where its files lay.
+_NOT_THE_JOB = ("steps", "warmup", "output", "commit", "checkpoint_dir")
+_NAMED = {"tier": "{}", "vram_budget": "{}", "num_slots": "{} slots", "micro_batch_size": "micro-batch {}"}
+_LINE_KEYS = ("options", "step_s", "loss", "environment")
+
+
+def read_bench_lines(text: str) -> list[dict[str, Any]]:
+    """The fields of a `DuelRecord` for each job in the text of a file.
+
+    Raises:
+        ValueError: A line is not of this form; all such lines are numbered.
+    """
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    faults = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            faults.append(f"line {number} is no JSON")
+            continue
+        missing = [key for key in _LINE_KEYS if not isinstance(row, dict) or key not in row]
+        if missing:
+            faults.append(f"line {number} has no {', '.join(missing)}")
+            continue
+        job = _job(row["options"])
+        machine = {name: value for name, value in row["environment"].items() if name != "time_utc"}
+        jobs.setdefault(json.dumps([job, machine], sort_keys=True), []).append(row)
+    if faults:
+        raise ValueError(f"no lines of bench_step.py: {'; '.join(faults)}")
+    return [_duel_fields(rows) for rows in jobs.values()]
+
+
+def _job(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in _SET_UP + _NOT_THE_JOB}
+
+
+def _duel_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    job = _job(rows[0]["options"])
+    settings = {"model": f"{job['shape']} shape, random weights", "device": job["device"]} | job
+    settings["vram_limit_bytes"] = job.get("vram_limit")
+    varied = {
+        name
+        for name in _NAMED
+        if len({str(row["options"].get(name)) for row in rows if row["options"]["contender"] == "lema"}) > 1
+    }
+    title = f"{job['shape']} shape (random weights), {job['batch_size']} x {job['seq_len']} tokens, {job['dtype']}"
+    return {
+        "title": title,
+        "settings": settings,
+        "environment": rows[0]["environment"],
+        "results": merge_runs([_result(row, varied) for row in rows]),
+        "commands": tuple(dict.fromkeys(_command(row["options"]) for row in rows)),
+    }
+
+
+def _name(options: Mapping[str, Any], varied: set[str]) -> str:
+    if options["contender"] != "lema":
+        return str(options["contender"])
+    parts = [text.format(options[name]) for name, text in _NAMED.items() if name in varied and options.get(name)]
+    parts += ["cold"] if options.get("cold") else []
+    return " ".join(["lema", *parts])
+
+
+def _result(row: Mapping[str, Any], varied: set[str]) -> ContenderResult:
+    options, step_s = row["options"], row["step_s"]
+    timed_s = sum(step_s[options["warmup"] :])
+    num_tokens = options["batch_size"] * options["seq_len"] * (len(step_s) - options["warmup"])
+    return ContenderResult(
+        name=_name(options, varied),
+        status="ok",
+        num_steps=len(step_s),
+        num_warmup_steps=options["warmup"],
+        loss=[float(loss) for loss in row["loss"]],
+        step_s=step_s,
+        tokens_per_s=num_tokens / timed_s if timed_s > 0 else None,
+        vram_allocated_peak_bytes=row.get("vram_allocated_peak_bytes"),
+        vram_reserved_peak_bytes=row.get("vram_reserved_peak_bytes"),
+        vram_process_peak_bytes=row.get("vram_process_peak_bytes"),
+        ram_private_above_imports_peak_bytes=row.get("ram_private_above_baseline_peak_bytes"),
+        ram_file_peak_bytes=row.get("ram_file_peak_bytes"),
+        h2d_bytes=row.get("h2d_bytes", ()),
+        disk_bytes=row.get("disk_bytes", ()),
+        wait_s=sum(row["wait_s"]) if row.get("wait_s") else None,
+        batches_sha256=row.get("batches_sha256"),
+        num_trainable=row.get("num_trainable"),
+    )
+
+
+def _command(options: Mapping[str, Any]) -> str:
+    words = ["python", "recipes/bench_step.py"]
+    for name, value in options.items():
+        if name in ("output", "checkpoint_dir"):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value not in (None, False):
+            words += [flag, str(value)]
+    return shlex.join(words)

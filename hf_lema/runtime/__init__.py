@@ -1,0 +1,1 @@
+"""The moving of weights: host stores, device slots, the prefetch thread, and the streamer that composes them."""

@@ -1,0 +1,198 @@
+"""How steps are run within a VRAM budget: planned before the first one, corrected by measuring.
+
+Responsibility: the budget, and when the choices change. Knows bytes and layer indices, not weights; plans come from a
+callable.
+
+A plan decides what is cut and what leaves device memory. The first training steps run so, with nothing resident. What
+the allocator then has reserved (the optimizer's state included from the second step on) is taken from the budget;
+whole layers fill the rest, spread evenly over the depth. Where more is reserved than the budget allows, the plan is
+made again with that much less. A batch with more tokens than any before it sends all layers back first and begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_lema.choices import StepChoices
+from hf_lema.config import LemaConfig
+from hf_lema.runtime.schedule import spread_evenly
+from hf_lema.runtime.streamer import LayerStreamer
+from hf_lema.units import GIB, format_bytes
+
+HEAD_ROOM_BYTES = GIB // 2
+"""Left free under ``"auto"``: what the CUDA context, cuBLAS workspaces and fragmentation took beyond the allocator's
+own count on an H100 was below 0.4 GiB."""
+
+_NUM_MEASURED_UPDATES = 2
+"""Optimizer steps before the reserved memory counts: the optimizer allocates its state at the end of the first."""
+
+logger = logging.getLogger(__name__)
+
+
+def free_vram_bytes(device: torch.device) -> int:
+    """Bytes that this process may still allocate: the least of what is free and of the process's memory fraction."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    reserved_bytes = torch.cuda.memory_reserved(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free_bytes + reserved_bytes, int(total_bytes * fraction)) - torch.cuda.memory_allocated(device)
+
+
+Plan = Callable[[int, int, int | None], StepChoices]
+"""Batch size, tokens of a sequence and bytes to stay within (None for as few as are sensible) -> how to run.
+
+Raises ValueError where nothing fits.
+"""
+
+
+class VramBudget:
+    """Decides between steps how they are run and which layers are resident.
+
+    Args:
+        config: The user's budget.
+        streamer: The runtime whose layers it chooses.
+        other_bytes: Bytes on the device that are not the streamer's when it is made: embedding, head, adapters.
+        movable_bytes: Those of them that can lie in host memory.
+        plan: See `Plan`.
+        apply: Has steps run as chosen.
+
+    Raises:
+        ValueError: The stated budget is below what the slots and the resident parts need at once.
+    """
+
+    def __init__(
+        self,
+        config: LemaConfig,
+        streamer: LayerStreamer,
+        other_bytes: int,
+        movable_bytes: int,
+        plan: Plan,
+        apply: Callable[[StepChoices], None],
+    ) -> None:
+        self._config = config
+        self._streamer = streamer
+        self._plan = plan
+        self._apply = apply
+        self._num_updates = 0
+        self._max_tokens = 0
+        self._shape = (0, 0)
+        self._measured = False
+        self._choices = StepChoices()
+        slots_bytes = streamer.layer_bytes * streamer.num_slots
+        minimum_bytes = other_bytes - movable_bytes + slots_bytes
+        self.budget_bytes = self._budget(config, streamer.device, minimum_bytes)
+        self._planned_bytes = self.budget_bytes
+        if config.vram_budget_bytes is not None and config.vram_budget_bytes < minimum_bytes:
+            raise ValueError(
+                f"vram_budget is {format_bytes(config.vram_budget_bytes)}, but {format_bytes(minimum_bytes)} is the "
+                f"least that works: {format_bytes(other_bytes - movable_bytes)} that cannot leave the device and "
+                f"{streamer.num_slots} slots of {format_bytes(streamer.layer_bytes)}, before activations. Raise the "
+                f"budget, or use a model whose layers are smaller"
+            )
+
+    @staticmethod
+    def _budget(config: LemaConfig, device: torch.device, minimum_bytes: int) -> int | None:
+        """Bytes to fill with resident layers up to; None to keep none."""
+        if config.vram_budget_bytes is not None:
+            return config.vram_budget_bytes
+        if config.vram_budget == "min" or device.type != "cuda":
+            return None
+        return free_vram_bytes(device) + torch.cuda.memory_allocated(device) - HEAD_ROOM_BYTES
+
+    def start(self) -> None:
+        """Begins to count optimizer steps, where there is a budget to fill."""
+        if self.budget_bytes is not None and self._streamer.device.type == "cuda":
+            budget = weakref.ref(self)
+
+            def count(*_: object) -> None:
+                if (alive := budget()) is not None:
+                    alive._num_updates += 1
+
+            handle = register_optimizer_step_post_hook(count)
+            weakref.finalize(self, handle.remove)
+
+    def before_training_step(self, batch_size: int, seq_len: int) -> None:
+        """A training forward begins. Called before its first layer, when no visit is under way.
+
+        Args:
+            batch_size: Sequences.
+            seq_len: Tokens of each, padding included.
+
+        Raises:
+            ValueError: The stated budget is too small for this batch.
+        """
+        if self._streamer.device.type != "cuda":
+            return
+        if batch_size * seq_len > self._max_tokens:
+            self._max_tokens, self._shape = batch_size * seq_len, (batch_size, seq_len)
+            self._planned_bytes = self.budget_bytes
+            self._run_as(self._choose())
+        if self.budget_bytes is None:
+            return
+        if not self._measured and self._num_updates >= _NUM_MEASURED_UPDATES:
+            self._measured = True
+            self._settle(self.budget_bytes, torch.cuda.memory_reserved(self._streamer.device))
+
+    def _choose(self) -> StepChoices:
+        """How to run by the plan, with nothing resident."""
+        try:
+            choices = self._plan(*self._shape, self._planned_bytes)
+        except ValueError as error:
+            if self._config.vram_budget != "auto":
+                raise
+            warnings.warn(f"{error} Training goes on with what takes least.", stacklevel=2)
+            choices = self._plan(*self._shape, None)
+        return replace(choices, resident_layers=())
+
+    def _run_as(self, choices: StepChoices) -> None:
+        self._choices = choices
+        self._num_updates, self._measured = 0, False
+        self._apply(choices)
+        # Reserved memory then grows back to what the step needs; rare, and never inside a step.
+        torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a longer batch comes or a plan was too large
+
+    def _settle(self, budget_bytes: int, reserved_bytes: int) -> None:
+        """Fills what is left of the budget with layers, or plans again where nothing is left."""
+        spare_bytes = budget_bytes - reserved_bytes
+        if spare_bytes < 0 and self._plan_less(-spare_bytes):
+            return
+        layers = self._streamer.streamable_layers
+        if spare_bytes < 0:
+            warnings.warn(
+                f"a step of {self._max_tokens} tokens takes {format_bytes(reserved_bytes)} of VRAM with every layer "
+                f"streamed, more than the budget of {format_bytes(budget_bytes)}. Use a smaller batch or shorter "
+                "sequences",
+                stacklevel=2,
+            )
+        num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))
+        resident = tuple(layers[i] for i in spread_evenly(num_resident, len(layers)))
+        self._choices = replace(self._choices, resident_layers=resident)
+        self._apply(self._choices)
+        if num_resident == len(layers) > 0:
+            logger.warning(
+                "the VRAM budget of %s holds every layer: nothing is streamed any more. Stock PEFT without hf_lema "
+                "trains this job as well",
+                format_bytes(budget_bytes),
+            )
+
+    def _plan_less(self, excess_bytes: int) -> bool:
+        """Plans with so many bytes less; whether there is another way to run."""
+        assert self._planned_bytes is not None
+        choices = self._choices
+        # A model that cannot be planned gets the same answer whatever is left.
+        while choices == self._choices and self._planned_bytes > excess_bytes:
+            self._planned_bytes -= excess_bytes
+            try:
+                choices = replace(self._plan(*self._shape, self._planned_bytes), resident_layers=())
+            except ValueError:  # what takes least is running already
+                return False
+        if choices == self._choices:
+            return False
+        self._run_as(choices)
+        return True
