@@ -17,8 +17,8 @@ class LemaConfig:
             keep every layer resident, and says so), ``"min"`` (nothing resident but the slots), a text such as
             ``"6GiB"``, or bytes.
         ram_budget: Most host memory for the streamed layers: ``"auto"`` (what is free), ``"min"`` (always the disk
-            tier), a text such as ``"2.4GiB"``, or bytes. The RAM tier is used where the layers fit, else the disk
-            tier.
+            tier), a text such as ``"2.4GiB"``, or bytes. The layers that do not fit stay in their files, and are
+            read at every visit.
         num_slots: Device buffers of one layer each that streamed layers share; at least 2 (one computes while the
             next is filled).
         micro_batch_size: Sequences that a layer computes on at a time during one visit; 0 for the whole batch. The

@@ -41,14 +41,13 @@ from hf_lema.model.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.model.outside import MIN_PIECE_BYTES, OutsideWeights
 from hf_lema.model.packing import given_pack
 from hf_lema.model.placement import (
-    choose_store,
     fill_from_model,
     is_packed,
     pack_linears,
     register_at_rest,
-    store_from_checkpoint,
     streamed_tensors,
 )
+from hf_lema.model.stores import store_from_checkpoint, store_of_model
 from hf_lema.planning.device_rates import rates_of
 from hf_lema.planning.planner import best_plan
 from hf_lema.planning.rehearsal import UnplannableError
@@ -116,7 +115,7 @@ class LemaModelWrapper(nn.Module):
             pack_linears(lm, layers_path, config, target)
         streamed = streamed_tensors(lm, layers)
         layouts = {i: layout for i, (layout, _) in streamed.items()}
-        store = choose_store(layouts, config, target, source=None)
+        store = store_of_model(layouts, config, target)
         fill_from_model(store, streamed)
         places = {i: tensors for i, (_, tensors) in streamed.items()}
         _assemble(lm, list(layers), places, LayerStreamer(store, target, len(layers), config.num_slots), config)
@@ -357,6 +356,7 @@ class _Runtime:
             double_quantization=config.double_quantization,
             # The layers have their RAM already; what is free comes on top of it.
             ram_bytes=available_host_bytes() + self.streamer.host_store.held_bytes,
+            file_layers=self.streamer.host_store.file_layers,
         )
         try:
             if self._costs.get("shape") != (batch_size, seq_len):

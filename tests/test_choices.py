@@ -28,7 +28,7 @@ from models import (
 
 from hf_lema import LemaConfig
 from hf_lema.choices import StepChoices
-from hf_lema.model.placement import RAM_HEAD_ROOM_BYTES
+from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS
 from hf_lema.wrapper import apply_choices, find_streamer
 

@@ -367,6 +367,25 @@ def test_layers_that_do_not_fit_ram_stay_in_their_files(small_cost: StepCost) ->
         best_plan(small_cost, LemaConfig(vram_budget="min", ram_budget=layers_bytes - 1), options)
 
 
+@pytest.mark.integration
+def test_13b_on_a_host_of_29_gib_has_most_layers_in_ram_and_the_others_in_files() -> None:
+    """What Kaggle gives: 29 GiB, of which 21 are free beside Python, the page cache and the data."""
+    options = dataclasses.replace(PLENTY, dtype=torch.float16, ram_bytes=22 * GIB)
+    cost = StepCost("llama-2-13b", 1, 512, 16, DATA_SHEETS["P100"], options)
+    found = best_plan(cost, LemaConfig(vram_budget="min"), options)
+    layer_bytes = 40 * [next(iter(cost.tensors.layer_bytes.values()))]
+    num_left = found.host.file_backed_bytes // layer_bytes[0]
+
+    assert (found.tier, sum(layer_bytes)) == ("mixed", found.host.slab_bytes + found.host.file_backed_bytes)
+    assert found.host.private_bytes <= 21 * GIB < found.host.private_bytes + layer_bytes[0]
+    # With the spare VRAM of the card, those are resident that would be read from files, and none is any more.
+    card = best_plan(cost, LemaConfig(vram_budget="auto"), options)
+    assert 0 < num_left <= len(card.resident_layers) < 40
+    assert card.time.forward_moving_s < found.time.forward_moving_s
+    everything_in_ram = best_plan(cost, LemaConfig(vram_budget="auto", ram_budget=40 * GIB), options)
+    assert card.time.step_s == pytest.approx(everything_in_ram.time.step_s, rel=0.05)
+
+
 def test_processes_share_the_slab_and_not_their_boundaries(small_cost: StepCost) -> None:
     one = plan(small_cost, "min", boundaries="ram", embedding_and_head="vram")
     ram_bytes = one.host.slab_bytes + 2 * one.host.boundary_bytes

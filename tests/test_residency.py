@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ class FakeStreamer:
         self.num_slots = num_slots
         self.device = device
         self.calls: list[tuple[int, ...]] = []
+        self.host_store = SimpleNamespace(file_layers=())
 
     def set_resident(self, layers: Sequence[int]) -> None:
         self.calls.append(tuple(layers))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lema.runtime.schedule import Direction, Schedule, spread_evenly, transfers_per_step
+from hf_lema.runtime.schedule import Direction, Schedule, choose_resident, spread_evenly, transfers_per_step
 
 FORWARD, BACKWARD = Direction.FORWARD, Direction.BACKWARD
 
@@ -166,3 +166,20 @@ def test_all_and_none_can_be_chosen() -> None:
 def test_more_layers_than_there_are_cannot_be_chosen(num_chosen: int, num_layers: int) -> None:
     with pytest.raises(ValueError, match="cannot choose"):
         spread_evenly(num_chosen, num_layers)
+
+
+def test_layers_that_are_slow_to_fetch_become_resident_first() -> None:
+    layers, slow = tuple(range(10)), (2, 5, 8)
+
+    assert choose_resident(2, layers, slow) == (2, 8)
+    assert choose_resident(3, layers, slow) == slow
+    assert choose_resident(5, layers, slow) == (1, 2, 5, 7, 8)
+    assert choose_resident(10, layers, slow) == layers
+
+
+@pytest.mark.parametrize("num_chosen", range(8))
+def test_layers_that_are_alike_are_chosen_evenly(num_chosen: int) -> None:
+    layers = (1, 3, 4, 6, 7, 9, 11)
+    evenly = tuple(layers[i] for i in spread_evenly(num_chosen, 7))
+
+    assert choose_resident(num_chosen, layers) == choose_resident(num_chosen, layers, layers) == evenly

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +23,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from hf_lema.config import LemaConfig
-from hf_lema.files.checkpoint import read_spans_into
 from hf_lema.files.layout import LayerLayout, PackedMatrix, make_layout
-from hf_lema.files.pack import PackIndex
 from hf_lema.layer.layer_proxy import StreamedTensor, rest
-from hf_lema.model.packing import cached_pack, find_pack
-from hf_lema.model.source import CheckpointSource
 from hf_lema.model.stock_quantizer import (
     make_quantizer,
     mark_as_packed,
@@ -38,13 +32,7 @@ from hf_lema.model.stock_quantizer import (
     put_in_packed_linears,
     transposed_weights,
 )
-from hf_lema.runtime.host_memory import available_host_bytes
-from hf_lema.runtime.host_store import DiskStore, HostStore, RamStore
-from hf_lema.runtime.local_ranks import LocalGroup, Offer, share
-from hf_lema.units import GIB, format_bytes
-
-RAM_HEAD_ROOM_BYTES = GIB
-"""Left free under ``ram_budget="auto"`` for the process itself and its data workers."""
+from hf_lema.runtime.host_store import HostStore, RamStore
 
 
 def streamed_tensors(
@@ -151,49 +139,6 @@ def pack_linears(lm: PreTrainedModel, layers_path: str, config: LemaConfig, devi
     mark_as_packed(lm, quantizer, lm.dtype)
 
 
-def choose_store(
-    layouts: Mapping[int, LayerLayout],
-    config: LemaConfig,
-    device: torch.device,
-    source: CheckpointSource | None,
-    pack: PackIndex | None = None,
-    is_shared: bool = False,
-) -> HostStore:
-    """The RAM tier where the layers fit the budget, else the disk tier.
-
-    Args:
-        layouts: The streamed layers.
-        config: The budgets.
-        device: Where layers compute.
-        source: The checkpoint that the layers come from; None for a model that is already in memory.
-        pack: The layers in a pack; if None, one is made where the disk tier needs one.
-        is_shared: Whether other processes will map the RAM tier's memory.
-
-    Raises:
-        ValueError: A model that is already in memory does not fit the stated ``ram_budget``.
-    """
-    needed_bytes = sum(layout.nbytes for layout in layouts.values())
-    budget_bytes = config.ram_budget_bytes
-    if config.ram_budget == "auto":
-        # A model that is already in RAM is moved, layer by layer, not copied.
-        budget_bytes = needed_bytes if source is None else available_host_bytes() - RAM_HEAD_ROOM_BYTES
-    if budget_bytes is not None and needed_bytes <= budget_bytes:
-        return RamStore(layouts, device, is_shared=is_shared)
-    if source is None:
-        stated = config.ram_budget if budget_bytes is None else format_bytes(budget_bytes)
-        raise ValueError(
-            f"ram_budget is {stated}, but the streamed layers of this model, which are in memory now, take "
-            f"{format_bytes(needed_bytes)}. Use LemaModelWrapper.from_pretrained, which streams them from their files"
-        )
-    ring_bytes = {} if budget_bytes is None else {"max_ring_bytes": max(0, budget_bytes // 2)}
-    if pack is None and source.spans is not None:
-        spans, files = source.spans, source.open_files()
-    else:
-        pack = pack or cached_pack(source)
-        spans, files = pack.spans, pack.open_files()
-    return DiskStore(layouts, dict(zip(layouts, spans, strict=True)), device, files=files, **ring_bytes)
-
-
 def fill_from_model(store: HostStore, streamed: Mapping[int, tuple[LayerLayout, tuple[StreamedTensor, ...]]]) -> None:
     """Moves a built model's tensors into the store; the same Parameter objects then rest on its memory."""
     assert isinstance(store, RamStore)
@@ -203,57 +148,6 @@ def fill_from_model(store: HostStore, streamed: Mapping[int, tuple[LayerLayout, 
             for place in places:
                 rest(place, views)
     store.seal()
-
-
-def store_from_checkpoint(
-    layouts: Mapping[int, LayerLayout],
-    config: LemaConfig,
-    device: torch.device,
-    source: CheckpointSource,
-    pack: PackIndex | None = None,
-    group: LocalGroup | None = None,
-) -> HostStore:
-    """The tier that fits, filled; in a group of processes the first chooses and fills, and all map its memory.
-
-    Args:
-        layouts: The streamed layers.
-        config: The budgets.
-        device: Where layers compute.
-        source: The checkpoint that the layers come from.
-        pack: The layers in a pack.
-        group: The processes of this machine that load the same model; None for a process alone.
-
-    Raises:
-        RuntimeError: The first process failed, or loads another model.
-    """
-    if group is None:
-        return _filled(choose_store(layouts, config, device, source, pack), source, pack)
-    stores: list[HostStore] = []
-
-    def make() -> Offer:
-        store = _filled(choose_store(layouts, config, device, source, pack, is_shared=True), source, pack)
-        stores.append(store)
-        return Offer(tier=store.tier, descriptor=store.take_descriptor() if isinstance(store, RamStore) else None)
-
-    def accept(offer: Offer) -> None:
-        if offer.descriptor is None:
-            disk_only = replace(config, ram_budget="min")
-            stores.append(choose_store(layouts, disk_only, device, source, pack))
-        else:
-            store = RamStore(layouts, device, is_shared=True, of=offer.descriptor)
-            store.seal()
-            stores.append(store)
-
-    share(f"{source.identity[:16]}-{config.quantization}", make, accept, group)
-    return stores[0]
-
-
-def _filled(store: HostStore, source: CheckpointSource, pack: PackIndex | None) -> HostStore:
-    if isinstance(store, RamStore):
-        if pack is None and source.needs_conversion:
-            pack = find_pack(source)
-        _fill_slab(store, source, pack)
-    return store
 
 
 def register_at_rest(store: HostStore, layers: nn.ModuleList) -> dict[int, tuple[StreamedTensor, ...]]:
@@ -278,24 +172,6 @@ def register_at_rest(store: HostStore, layers: nn.ModuleList) -> dict[int, tuple
                 found.append(_register(layers[layer_idx], name, view))
         places[layer_idx] = tuple(found)
     return places
-
-
-def _fill_slab(store: RamStore, source: CheckpointSource, pack: PackIndex | None) -> None:
-    # A conversion holds a layer of its own, or has threads of its own; plain reads go straight into the slab.
-    num_threads = 1 if pack is None and source.needs_conversion else 4
-    with ExitStack() as stack:
-        write = source.write_layer
-        if pack is not None:
-            files, spans = stack.enter_context(pack.open_files()), dict(zip(store.layouts, pack.spans, strict=True))
-
-            def write(layer_idx: int, out: torch.Tensor) -> None:
-                read_spans_into(files, spans[layer_idx], out)
-
-        pool = stack.enter_context(ThreadPoolExecutor(num_threads, thread_name_prefix="hf_lema-loader"))
-        loads = [pool.submit(write, i, store.layer_buffer(i)) for i in store.layouts]
-        for load in tqdm(loads, desc="Loading layers", delay=2, leave=False):
-            load.result()
-    store.seal()
 
 
 def _register(layer: nn.Module, name: str, tensor: torch.Tensor) -> StreamedTensor:

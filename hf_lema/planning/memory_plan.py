@@ -124,7 +124,8 @@ class MemoryPlan:
         tile_tokens: Tokens on which the token-wise part of a layer computes at a time; 0 for all.
         resident_layers: Layers that stay in VRAM.
         num_layers: Layers of the model.
-        tier: Where streamed layers rest: ``"ram"``, ``"disk"``, or ``"vram"`` where none is streamed.
+        tier: Where streamed layers rest: ``"ram"``, ``"disk"``, ``"mixed"`` for some in each, or ``"vram"`` where
+            none is streamed.
         boundaries: Where boundary activations wait.
         embedding_and_head: Where these are.
         slots_bytes: Device buffers that streamed layers share.

@@ -18,15 +18,16 @@ from transformers import PretrainedConfig
 
 from hf_lema.config import LemaConfig
 from hf_lema.model.outside import MIN_PIECE_BYTES
-from hf_lema.model.placement import RAM_HEAD_ROOM_BYTES
+from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
 from hf_lema.planning.memory_plan import HostBytes, MemoryPlan, Place, StepTime
 from hf_lema.planning.meter import allocated_bytes
 from hf_lema.planning.step_cost import PlanOptions, StepCost, VisitCosts
 from hf_lema.runtime.host_memory import available_host_bytes
-from hf_lema.runtime.host_store import MAX_RING_BYTES, WINDOW_BYTES
+from hf_lema.runtime.host_store import MAX_RING_BYTES, ring_bytes
+from hf_lema.runtime.mixed_store import layers_in_ram
 from hf_lema.runtime.residency import HEAD_ROOM_BYTES
-from hf_lema.runtime.schedule import spread_evenly, transfers_per_step
+from hf_lema.runtime.schedule import choose_resident, transfers_per_step
 from hf_lema.units import format_bytes
 
 TILE_TOKENS = 4096
@@ -179,7 +180,7 @@ class _Search:
         self._slot_bytes = allocated_bytes(self._layer_bytes)
         self._streamable_bytes = sum(cost.tensors.layer_bytes.values())
         self._ram_bytes = self._ram_budget_bytes()
-        self._is_disk = self._ram_bytes is None or self._streamable_bytes > self._ram_bytes
+        self._file_layers = self._choose_file_layers() if options.file_layers is None else options.file_layers
         self._transfers = functools.cache(self._num_transfers)
 
     def best(self) -> MemoryPlan:
@@ -268,13 +269,30 @@ class _Search:
             'activations. Raise it, use ram_budget="min", or a smaller batch'
         )
 
+    def _choose_file_layers(self) -> tuple[int, ...]:
+        """The layers that do not fit into the RAM budget."""
+        if self._ram_bytes is not None and self._streamable_bytes <= self._ram_bytes:
+            return ()
+        room_bytes = 0 if self._ram_bytes is None else max(0, self._ram_bytes - self._ring_bytes())
+        kept = layers_in_ram(self._cost.tensors.layer_bytes, room_bytes)
+        return tuple(i for i in self._layers if i not in kept)
+
+    def _ring_bytes(self) -> int:
+        most_bytes = MAX_RING_BYTES if self._ram_bytes is None else min(MAX_RING_BYTES, self._ram_bytes // 2)
+        return ring_bytes(self._layer_bytes, most_bytes)
+
+    def _tier(self) -> str:
+        if len(self._file_layers) in (0, len(self._layers)):
+            return "disk" if self._file_layers else "ram"
+        return "mixed"
+
     # ---- one plan ----
 
     def _plan(self, choice: _Choice, num_resident: int) -> MemoryPlan:
         cost, tensors = self._cost, self._cost.tensors
         visits, ends = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens), cost.ends(True)
         ends_in_ram = choice.embedding_and_head == "ram"
-        resident = tuple(self._layers[i] for i in spread_evenly(num_resident, len(self._layers)))
+        resident = choose_resident(num_resident, self._layers, self._file_layers)
         num_streamed = len(self._layers) - num_resident
         host = self._host(visits, choice)
         time, h2d_bytes = self._time(visits, choice, num_resident, resident)
@@ -287,7 +305,7 @@ class _Search:
             tile_tokens=choice.tile_tokens,
             resident_layers=resident,
             num_layers=cost.num_layers,
-            tier="vram" if not num_streamed else "disk" if self._is_disk else "ram",
+            tier=self._tier() if num_streamed else "vram",
             boundaries=choice.boundaries,
             embedding_and_head=choice.embedding_and_head,
             slots_bytes=self._config.num_slots * self._slot_bytes,
@@ -318,20 +336,17 @@ class _Search:
 
     def _host(self, visits: VisitCosts, choice: _Choice) -> HostBytes:
         tensors = self._cost.tensors
-        ring_bytes = 0
-        if self._is_disk and self._layers:
-            most_bytes = MAX_RING_BYTES if self._ram_bytes is None else min(MAX_RING_BYTES, self._ram_bytes // 2)
-            num_windows = min(2 * -(-self._layer_bytes // WINDOW_BYTES), most_bytes // WINDOW_BYTES)
-            ring_bytes = max(2, num_windows) * WINDOW_BYTES
-        slab_bytes = 0 if self._is_disk else self._streamable_bytes
+        between_bytes = self._ring_bytes() if self._file_layers else 0
+        in_files_bytes = sum(tensors.layer_bytes[i] for i in self._file_layers)
+        slab_bytes = self._streamable_bytes - in_files_bytes
         boundary_bytes = visits.boundary_bytes(self._cost.lowest) if choice.boundaries == "ram" else 0
         in_ram = choice.embedding_and_head == "ram"
         embedding_bytes = tensors.embedding_bytes + tensors.head_bytes if in_ram else 0
         return HostBytes(
             slab_bytes=slab_bytes,
-            page_locked_bytes=slab_bytes + ring_bytes + boundary_bytes + embedding_bytes,
-            file_backed_bytes=self._streamable_bytes if self._is_disk else 0,
-            ring_bytes=ring_bytes,
+            page_locked_bytes=slab_bytes + between_bytes + boundary_bytes + embedding_bytes,
+            file_backed_bytes=in_files_bytes,
+            ring_bytes=between_bytes,
             boundary_bytes=boundary_bytes,
             embedding_bytes=embedding_bytes,
         )
@@ -344,6 +359,9 @@ class _Search:
         streamed = tuple(i for i in self._layers if i not in resident)
         mean_bytes = sum(tensors.layer_bytes[i] for i in streamed) / max(1, len(streamed))
         num_transfers = self._transfers(streamed)
+        disk_share = sum(tensors.layer_bytes[i] for i in streamed if i in set(self._file_layers)) / max(
+            1, sum(tensors.layer_bytes[i] for i in streamed)
+        )
         forward_bytes = -(-num_transfers // 2) * mean_bytes
         backward_bytes = num_transfers // 2 * mean_bytes
         boundary_bytes = visits.boundary_bytes(cost.lowest) if choice.boundaries == "ram" else 0
@@ -352,12 +370,9 @@ class _Search:
             head_bytes = 2 * (tensors.head_bytes or tensors.embedding_bytes) + visits.embedded_bytes
         time = StepTime(
             forward_compute_s=visits.forward_s,
-            forward_moving_s=cost.moving_s(forward_bytes, boundary_bytes, self._is_disk),
+            forward_moving_s=cost.moving_s(forward_bytes, boundary_bytes, disk_share * forward_bytes),
             backward_compute_s=visits.backward_s,
-            backward_moving_s=max(
-                cost.moving_s(backward_bytes + boundary_bytes, 0, False),
-                cost.moving_s(backward_bytes, 0, self._is_disk),
-            ),
+            backward_moving_s=cost.moving_s(backward_bytes + boundary_bytes, 0, disk_share * backward_bytes),
             ends_s=cost.ends_s(cost.ends(True), head_bytes),
             update_s=cost.update_s(),
         )

@@ -46,6 +46,7 @@ class PlanOptions:
         num_resident: Most resident layers; None for as many as fit.
         vram_bytes: The card's size for ``vram_budget="auto"``; None for the one in the rates.
         ram_bytes: Free RAM for ``ram_budget="auto"``; None for what is free on this machine.
+        file_layers: Layers that stay in their files; None to choose by the RAM budget.
     """
 
     dtype: torch.dtype | str | None = None
@@ -60,6 +61,7 @@ class PlanOptions:
     num_resident: int | None = None
     vram_bytes: int | None = None
     ram_bytes: int | None = None
+    file_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4"):
@@ -281,12 +283,12 @@ class StepCost:
         computed_s = self.rates.compute_s(ends.forward.work) + self.rates.compute_s(ends.backward.work)
         return max(computed_s, moved_bytes / self.rates.h2d_bytes_per_s)
 
-    def moving_s(self, h2d_bytes: float, d2h_bytes: float, is_disk: bool) -> float:
-        """Seconds on the bus, and from the disk; while both ways are used, each is slower."""
+    def moving_s(self, h2d_bytes: float, d2h_bytes: float, disk_bytes: float) -> float:
+        """Seconds on the bus, or from the disk where that takes longer; while both ways are used, each is slower."""
         rates = self.rates
         shorter, longer = sorted((h2d_bytes, d2h_bytes))
         bus_s = shorter / rates.duplex_bytes_per_s + (longer - shorter) / rates.h2d_bytes_per_s
-        return max(bus_s, h2d_bytes / rates.disk_bytes_per_s) if is_disk else bus_s
+        return max(bus_s, disk_bytes / rates.disk_bytes_per_s) if disk_bytes else bus_s
 
 
 def _upcast(lm: nn.Module, packed: Sequence[nn.Parameter]) -> None:

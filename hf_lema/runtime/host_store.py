@@ -38,6 +38,12 @@ NUM_READERS = min(8, os.cpu_count() or 1)
 MAX_RING_BYTES = 512 * 2**20
 
 
+def ring_bytes(largest_layer_bytes: int, max_bytes: int = MAX_RING_BYTES) -> int:
+    """Bytes of the windows between files and a GPU: two layers, or what the limit leaves, and at least two windows."""
+    wanted = 2 * -(-largest_layer_bytes // WINDOW_BYTES)
+    return max(2, min(wanted, max_bytes // WINDOW_BYTES)) * WINDOW_BYTES
+
+
 class StagingRing:
     """A few page-locked windows between pageable bytes and the device, reused in turn.
 
@@ -85,7 +91,7 @@ class HostStore(abc.ABC):
         device: Where `read_into` will write.
 
     Attributes:
-        tier: ``"ram"`` or ``"disk"``.
+        tier: ``"ram"``, ``"disk"``, or ``"mixed"`` for some layers each.
         layouts: As given.
         disk_bytes: Bytes read from files so far.
         is_shared: Whether other processes read the same memory: nothing may be written to it any more.
@@ -110,6 +116,11 @@ class HostStore(abc.ABC):
     def held_bytes(self) -> int:
         """Bytes of RAM that the layers take."""
         return 0
+
+    @property
+    def file_layers(self) -> tuple[int, ...]:
+        """Layers that are read from files at every visit."""
+        return ()
 
     @property
     def paths(self) -> frozenset[Path]:
@@ -153,8 +164,7 @@ class HostStore(abc.ABC):
     def _open_ring(self, max_bytes: int = MAX_RING_BYTES) -> None:
         if self.device.type == "cuda":
             largest_bytes = max(layout.nbytes for layout in self.layouts.values())
-            wanted = 2 * -(-largest_bytes // WINDOW_BYTES)
-            self._ring = StagingRing(max(2, min(wanted, max_bytes // WINDOW_BYTES)), self.device)
+            self._ring = StagingRing(ring_bytes(largest_bytes, max_bytes) // WINDOW_BYTES, self.device)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="hf_lema-reader")
 
     def _copy_through_ring(self, out: torch.Tensor, fill: Callable[[int, torch.Tensor], None]) -> None:
@@ -330,6 +340,10 @@ class DiskStore(HostStore):
         self._changed: set[int] = set()
         if self.layouts:
             self._open_ring(max_ring_bytes)
+
+    @property
+    def file_layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.layouts))
 
     @property
     def paths(self) -> frozenset[Path]:

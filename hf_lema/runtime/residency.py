@@ -4,9 +4,10 @@ Responsibility: the budget, and when the choices change. Knows bytes and layer i
 callable.
 
 A plan decides what is cut and what leaves device memory. The first training steps run so, with nothing resident. What
-the allocator then has reserved (the optimizer's state included from the second step on) is taken from the budget;
-whole layers fill the rest, spread evenly over the depth. Where more is reserved than the budget allows, the plan is
-made again with that much less. A batch with more tokens than any before it sends all layers back first and begins anew.
+the allocator then has reserved (the optimizer's state included from the second step on) is taken from the budget; whole
+layers fill the rest, spread evenly over the depth, those first that would be read from files. Where more is reserved
+than the budget allows, the plan is made again with that much less. A batch with more tokens than any before it sends
+all layers back first and begins anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.runtime.schedule import spread_evenly
+from hf_lema.runtime.schedule import choose_resident
 from hf_lema.runtime.streamer import LayerStreamer
 from hf_lema.units import GIB, format_bytes
 
@@ -171,7 +172,7 @@ class VramBudget:
                 stacklevel=2,
             )
         num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))
-        resident = tuple(layers[i] for i in spread_evenly(num_resident, len(layers)))
+        resident = choose_resident(num_resident, layers, self._streamer.host_store.file_layers)
         self._choices = replace(self._choices, resident_layers=resident)
         self._apply(self._choices)
         if num_resident == len(layers) > 0:

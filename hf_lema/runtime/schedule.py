@@ -104,3 +104,24 @@ def spread_evenly(num_chosen: int, num_layers: int) -> tuple[int, ...]:
     if not 0 <= num_chosen <= num_layers:
         raise ValueError(f"cannot choose {num_chosen} of {num_layers} layers")
     return tuple((2 * i + 1) * num_layers // (2 * num_chosen) for i in range(num_chosen))
+
+
+def choose_resident(num_chosen: int, layers: Sequence[int], slow_layers: Sequence[int] = ()) -> tuple[int, ...]:
+    """Chooses the layers that stay on the device: first those that are slow to fetch, each kind spread evenly.
+
+    Args:
+        num_chosen: How many.
+        layers: Those that can be chosen, ascending.
+        slow_layers: Those of them that are read from files; all or none where they are alike.
+
+    Returns:
+        Layer indices, ascending.
+
+    Raises:
+        ValueError: More are to be chosen than there are.
+    """
+    slow = [i for i in layers if i in set(slow_layers)]
+    fast = [i for i in layers if i not in set(slow_layers)]
+    num_slow = min(num_chosen, len(slow))
+    chosen = [slow[i] for i in spread_evenly(num_slow, len(slow))]
+    return tuple(sorted([*chosen, *(fast[i] for i in spread_evenly(num_chosen - num_slow, len(fast)))]))
