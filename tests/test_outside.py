@@ -59,6 +59,36 @@ def test_a_head_in_pieces_gives_the_loss_and_the_gradients_of_the_whole_one(
         assert (found[key] - gradient).norm() <= 1e-10 * gradient.norm(), key
 
 
+def test_the_norm_before_a_head_in_pieces_runs_in_tiles_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    freeze_outside(model)
+    norm = model.base_model.norm.requires_grad_(False)
+    sizes: list[int] = []
+    plain = type(norm).forward
+
+    def counting(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if module is norm:
+            sizes.append(hidden.shape[:-1].numel())
+        result: torch.Tensor = plain(module, hidden)
+        return result
+
+    monkeypatch.setattr(type(norm), "forward", counting)
+    outside = on_host(model)
+    whole, tiled = (ChunkedLoss(model, type(model).forward, outside) for _ in range(2))
+    tiled._tile_tokens = 15
+    found = []
+    for loss in (whole, tiled):
+        loss.forward(**inputs())  # the first time it looks at a few tokens whole
+        sizes.clear()
+        found.append(gradients(model, loss.forward(**inputs()).loss))
+        model.zero_grad()
+        num_tokens = inputs()["labels"].numel()
+        assert max(sizes) == (num_tokens if loss is whole else 15)
+        assert sum(sizes) >= num_tokens
+    assert found[0].keys() == found[1].keys()
+    assert all((found[0][key] - found[1][key]).norm() <= 1e-10 * found[0][key].norm() for key in found[0])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_generation_and_evaluation_are_those_of_the_whole_head(name: str) -> None:
     model = build(name).eval()

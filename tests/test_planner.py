@@ -216,6 +216,7 @@ def part_costs(lm: Any, precision: torch.dtype | None) -> dict[str, Any]:
         "plain": rehearsed.stock_visit(1, 4, 24, False),
         "loss": rehearsed.ends(4, 24, False),
         "chunked loss": rehearsed.ends(4, 24, True),
+        "head in pieces": rehearsed.ends(4, 24, True, 1024),
     }
 
 
@@ -232,7 +233,7 @@ def test_fake_run_counts_what_a_real_run_counts(precision: torch.dtype | None, m
 
     real = part_costs(real_model.get_base_model(), precision)
 
-    ends = ("loss", "chunked loss")
+    ends = ("loss", "chunked loss", "head in pieces")
     assert {how: cost for how, cost in real.items() if how not in ends} == {
         how: cost for how, cost in fake.items() if how not in ends
     }

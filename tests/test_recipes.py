@@ -326,6 +326,7 @@ def test_however_a_contender_ends_it_becomes_a_row(return_code, log, status, rea
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(400)  # a dozen processes that import torch, one after the other
 @pytest.mark.usefixtures("children_find_the_package")
 def test_duel_ends_with_a_table_when_one_contender_fails_and_lema_equals_peft(
     tiny_folder, tmp_path, monkeypatch, capsys

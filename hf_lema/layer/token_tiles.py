@@ -11,7 +11,7 @@ runs once more in exchange for the memory.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,19 +54,13 @@ class TokenTiles:
         if not tile_tokens or hidden.shape[:-1].numel() <= tile_tokens:
             yield
             return
-        replaced: list[tuple[nn.Module, Any]] = []
-        try:
-            for name, child in layer.named_children():
-                if sum(parameter.dim() > 1 for parameter in child.parameters()) > 1:
-                    replaced.append((child, child.__dict__.get("forward")))
-                    child.__dict__["forward"] = self._tiled((type(layer), name), child, child.forward, tile_tokens)
+        parts = {
+            name: child
+            for name, child in layer.named_children()
+            if sum(parameter.dim() > 1 for parameter in child.parameters()) > 1
+        }
+        with self.around(type(layer), parts, tile_tokens):
             yield
-        finally:
-            for child, before in replaced:
-                if before is None:
-                    del child.__dict__["forward"]
-                else:
-                    child.__dict__["forward"] = before
         kinds = [is_wise for (kind, _), is_wise in self._token_wise.items() if kind is type(layer)]
         if not any(kinds) and type(layer) not in self._said:
             self._said.add(type(layer))
@@ -75,6 +69,28 @@ class TokenTiles:
                 "tiles",
                 stacklevel=2,
             )
+
+    @contextmanager
+    def around(self, kind: type[nn.Module], parts: Mapping[str, nn.Module], tile_tokens: int) -> Iterator[None]:
+        """Has modules run in tiles inside the block, those of them that turn out to be token-wise.
+
+        Args:
+            kind: Class of the module that they are children of.
+            parts: The modules, by their names in it.
+            tile_tokens: Tokens of a tile.
+        """
+        replaced: list[tuple[nn.Module, Any]] = []
+        try:
+            for name, child in parts.items():
+                replaced.append((child, child.__dict__.get("forward")))
+                child.__dict__["forward"] = self._tiled((kind, name), child, child.forward, tile_tokens)
+            yield
+        finally:
+            for child, before in replaced:
+                if before is None:
+                    del child.__dict__["forward"]
+                else:
+                    child.__dict__["forward"] = before
 
     def _tiled(
         self, key: tuple[type[nn.Module], str], child: nn.Module, plain: Callable[..., Any], tile_tokens: int

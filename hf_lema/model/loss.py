@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_lema.layer.replay import AutocastState
+from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.outside import OutsideWeights
 from hf_lema.model.pieced_loss import PiecedHead, PiecedLoss
 
@@ -35,6 +36,9 @@ enough for matrix products at full rate, small beside a layer's activations."""
 
 _BYTES_PER_LOGIT = 14
 """Logits in the model's dtype (2), in fp32 (4), log-probabilities (4), gradient (4)."""
+
+_BYTES_PER_HIDDEN = 16
+"""What a norm takes for one number of its input: itself in fp32, and what is computed of it."""
 
 IGNORE_INDEX = -100
 """Label of a token without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -64,6 +68,8 @@ class ChunkedLoss:
         self._lm = lm
         self._outside = outside
         self._max_logits = max_chunk_bytes // _BYTES_PER_LOGIT
+        self._tiles = TokenTiles(is_verified=is_verified)
+        self._tile_tokens = max(64, max_chunk_bytes // (_BYTES_PER_HIDDEN * lm.config.get_text_config().hidden_size))
         self._plain_forward = plain_forward
         self._names = list(inspect.signature(plain_forward).parameters)[1:]
         self._supported = "logits_to_keep" in self._names and lm.base_model is not lm
@@ -79,7 +85,7 @@ class ChunkedLoss:
         if not self._can_cut(labels, kwargs):
             return self._plain_forward(self._lm, **kwargs)
         backbone_kwargs = {**kwargs, "labels": None, "logits_to_keep": 1}
-        with self._backbone_recorded() as seen, self._head_skipped():
+        with self._backbone_recorded() as seen, self._ends_in_pieces():
             output = self._plain_forward(self._lm, **backbone_kwargs)
         self._backbone_output = type(seen[0])
         hidden = seen[0].last_hidden_state
@@ -114,8 +120,17 @@ class ChunkedLoss:
             and not any(p.requires_grad for p in self._lm.get_output_embeddings().parameters())
         )
 
-    def _head_skipped(self) -> AbstractContextManager[None]:
-        return self._outside.head_skipped() if self._head_is_lent else nullcontext()  # type: ignore[union-attr]
+    @contextmanager
+    def _ends_in_pieces(self) -> Iterator[None]:
+        """Where the head comes in pieces: skips it, and runs the norm before it in tiles of tokens."""
+        if not self._head_is_lent:
+            yield
+            return
+        assert self._outside is not None
+        backbone = self._lm.base_model
+        norms = {name: child for name, child in backbone.named_children() if _is_frozen_norm(child)}
+        with self._outside.head_skipped(), self._tiles.around(type(backbone), norms, self._tile_tokens):
+            yield
 
     def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
@@ -206,6 +221,12 @@ class ChunkedLoss:
         output = self._backbone_output(last_hidden_state=hidden)
         with _forward_replaced(self._lm.base_model, lambda *_, **__: output):
             yield
+
+
+def _is_frozen_norm(module: torch.nn.Module) -> bool:
+    """Whether all that a module has is a few frozen vectors."""
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.dim() == 1 and not p.requires_grad for p in parameters)
 
 
 @contextmanager

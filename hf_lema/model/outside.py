@@ -124,6 +124,21 @@ class OutsideWeights:
                 self._head_rows = view
                 head.__dict__["forward"] = self._head_forward
 
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """Has the head come in pieces inside the block as if it were in host memory, for a model without data."""
+        head = self._head
+        if head is not None and any(head._parameters["weight"] is weight for weight in self._weights()):
+            self._head_rows = head._parameters["weight"]
+            head.__dict__["forward"] = self._head_forward
+        self.on_host = True
+        try:
+            yield
+        finally:
+            self.on_host, self._head_rows = False, None
+            if head is not None:
+                head.__dict__.pop("forward", None)
+
     def move_to_device(self) -> None:
         """Moves the weights back. Only between steps."""
         if self.on_host:

@@ -22,6 +22,7 @@ from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
 from hf_lema.planning.memory_plan import HostBytes, MemoryPlan, Place, StepTime
 from hf_lema.planning.meter import allocated_bytes
+from hf_lema.planning.rehearsal import PartCost
 from hf_lema.planning.step_cost import PlanOptions, StepCost, VisitCosts
 from hf_lema.runtime.host_memory import available_host_bytes
 from hf_lema.runtime.host_store import MAX_RING_BYTES, ring_bytes
@@ -290,7 +291,7 @@ class _Search:
 
     def _plan(self, choice: _Choice, num_resident: int) -> MemoryPlan:
         cost, tensors = self._cost, self._cost.tensors
-        visits, ends = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens), cost.ends(True)
+        visits, ends = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens), self._ends(choice)
         ends_in_ram = choice.embedding_and_head == "ram"
         resident = choose_resident(num_resident, self._layers, self._file_layers)
         num_streamed = len(self._layers) - num_resident
@@ -316,23 +317,16 @@ class _Search:
             adapter_bytes=tensors.adapter_bytes,
             optimizer_bytes=cost.optimizer_bytes,
             workspace_bytes=cost.rates.workspace_bytes,
-            phases=cost.phases(
-                visits,
-                ends,
-                in_ring=choice.boundaries == "ram",
-                head_piece_bytes=self._head_piece_bytes() if ends_in_ram else 0,
-            ),
+            phases=cost.phases(visits, ends, in_ring=choice.boundaries == "ram"),
             context_bytes=cost.rates.context_bytes,
             host=host,
             h2d_bytes=h2d_bytes,
             time=time,
         )
 
-    def _head_piece_bytes(self) -> int:
-        """Pieces of the head that are on the device at once: one, or one that computes and one that arrives."""
-        tensors = self._cost.tensors
-        whole_bytes = tensors.head_bytes or tensors.embedding_bytes
-        return min(whole_bytes, 2 * max(self._layer_bytes, MIN_PIECE_BYTES))
+    def _ends(self, choice: _Choice) -> PartCost:
+        in_ram = choice.embedding_and_head == "ram"
+        return self._cost.ends(True, max(self._layer_bytes, MIN_PIECE_BYTES) if in_ram else 0)
 
     def _host(self, visits: VisitCosts, choice: _Choice) -> HostBytes:
         tensors = self._cost.tensors
@@ -373,7 +367,7 @@ class _Search:
             forward_moving_s=cost.moving_s(forward_bytes, boundary_bytes, disk_share * forward_bytes),
             backward_compute_s=visits.backward_s,
             backward_moving_s=cost.moving_s(backward_bytes + boundary_bytes, 0, disk_share * backward_bytes),
-            ends_s=cost.ends_s(cost.ends(True), head_bytes),
+            ends_s=cost.ends_s(self._ends(choice), head_bytes),
             update_s=cost.update_s(),
         )
         return time, int(forward_bytes + backward_bytes) + boundary_bytes + head_bytes

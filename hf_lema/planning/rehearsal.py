@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.loading import find_decoder_layers
 from hf_lema.model.loss import ChunkedLoss
+from hf_lema.model.outside import OutsideWeights
 from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Measure, behaving
 from hf_lema.runtime.schedule import Direction
 
@@ -127,25 +128,28 @@ class Rehearsal:
 
         return self._visit(layer_idx, batch_size, seq_len, ("stock", is_checkpointed), call)
 
-    def ends(self, batch_size: int, seq_len: int, is_chunked: bool) -> PartCost:
+    def ends(self, batch_size: int, seq_len: int, is_chunked: bool, piece_bytes: int = 0) -> PartCost:
         """Everything but the decoder layers: embedding, final norm, head and loss.
 
         Args:
             batch_size: Sequences.
             seq_len: Tokens of each.
             is_chunked: Whether the loss is computed as `ChunkedLoss` does it.
+            piece_bytes: Most bytes of the head on the device at a time, where it comes from host memory; else 0.
         """
         sweep = self._sweep(batch_size, seq_len)
         output_form = sweep.outputs[type(self._layers[-1])]
         plain = behaving(type(self._lm).forward, self._behaviour)
-        forward = ChunkedLoss(self._lm, plain, is_verified=True).forward if is_chunked else None
+        outside = OutsideWeights(self._lm, _CPU, piece_bytes) if piece_bytes else None
+        forward = ChunkedLoss(self._lm, plain, outside, is_verified=True).forward if is_chunked else None
         with self._mode:
             ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
             num_items = torch.zeros((), dtype=torch.int64)
             leaf = torch.empty_like(_first(output_form), requires_grad=True)
         inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": num_items, "use_cache": False}
         meter = ByteMeter()
-        with self._stand_ins(lambda *_, **__: _with_first(output_form, leaf)), self._running():
+        lent = outside.rehearsed() if outside else nullcontext()
+        with self._stand_ins(lambda *_, **__: _with_first(output_form, leaf)), lent, self._running():
             with meter.measured() as forwards:
                 with self._autocast():
                     output = forward(**inputs) if forward else plain(self._lm, **inputs)

@@ -220,14 +220,13 @@ class StepCost:
 
     # ---- memory ----
 
-    def phases(self, visits: VisitCosts, ends: PartCost, in_ring: bool, head_piece_bytes: int = 0) -> tuple[Phase, ...]:
+    def phases(self, visits: VisitCosts, ends: PartCost, in_ring: bool) -> tuple[Phase, ...]:
         """The moments at which the step may peak; of the layers' forwards and backwards the largest each.
 
         Args:
             visits: The layers.
             ends: What comes before and after them.
             in_ring: Whether boundary activations wait in RAM and pass through a ring in VRAM.
-            head_piece_bytes: Pieces of a head in RAM that are on the device at once.
         """
         adapters = self.tensors.layer_adapter_bytes
         every_bytes = self.tensors.adapter_bytes
@@ -251,8 +250,7 @@ class StepCost:
             # The last layer's input is still leaving.
             boundary_bytes=ring_bytes + 2 * visits.output_bytes[-1] if in_ring else below[-1],
             gradient_bytes=max(early_bytes, outside_bytes),
-            activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes)
-            + head_piece_bytes,
+            activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes),
         )
         backward = [
             Phase(
