@@ -159,6 +159,7 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vram-budget", metavar="BUDGET", default="auto", help='as in LemaConfig; "min" for the floor')
     parser.add_argument("--num-processes", metavar="N", type=int, default=1, help="that share the machine")
     parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
+    parser.add_argument("--optim", metavar="NAME", default="adamw_torch_fused", help="as in TrainingArguments")
     _add_quantization(parser, "stream linears in 4 bits")
     parser.set_defaults(run=_run_plan)
 
@@ -188,6 +189,7 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
         options=PlanOptions(
             dtype=arguments.dtype,
             num_processes=arguments.num_processes,
+            optim=arguments.optim,
             quantization=arguments.quantization,
             double_quantization=not arguments.no_double_quantization,
         ),

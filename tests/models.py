@@ -208,8 +208,15 @@ class RecordingTrainer(Trainer):
             losses=torch.stack(self.micro_losses),
             logs=self._recorder.logs,
             trainables=trainables(self.model),
-            optimizer=self.optimizer.state_dict()["state"],
+            optimizer={i: _flat(state) for i, state in self.optimizer.state_dict()["state"].items()},
         )
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's optimizer state; bitsandbytes saves its 8-bit codes in a dictionary of their own."""
+    inner = [name for name, value in state.items() if isinstance(value, Mapping)]
+    flat = {name: value for name, value in state.items() if name not in inner}
+    return flat | {key: value for name in inner for key, value in state[name].items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ ROOMS: dict[str, set[str]] = {
     "model/merge_hook": {"torch", "accelerate"},
     "planning/meter": {"torch"},
     "planning/device_rates": {"torch"},
+    "planning/optimizers": set(),
     "planning/memory_plan": set(),
     "planning/rehearsal": {"torch", "transformers"},
     "planning/blueprint": {"torch", "transformers", "peft"},

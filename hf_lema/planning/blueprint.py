@@ -65,7 +65,6 @@ class Blueprint:
         name: For a person.
         lm: The language model.
         dtype: What its weights are in.
-        adapters: PEFT configurations that were put on it.
     """
 
     name: str
@@ -84,7 +83,7 @@ class TensorBytes:
         other_bytes: Frozen tensors and buffers that are always on the device.
         adapter_bytes: Trainable tensors.
         layer_adapter_bytes: Those of them in each decoder layer.
-        num_adapter_tensors: How many tensors train.
+        trainable: (numbers, bytes of a number) of each tensor that trains.
     """
 
     layer_bytes: dict[int, int]
@@ -93,7 +92,7 @@ class TensorBytes:
     other_bytes: int
     adapter_bytes: int
     layer_adapter_bytes: tuple[int, ...]
-    num_adapter_tensors: int
+    trainable: tuple[tuple[int, int], ...]
 
 
 def draw(
@@ -245,7 +244,7 @@ def sort_tensors(lm: PreTrainedModel, *, is_packed: bool, is_double: bool = True
         other_bytes=sum(map(allocated, frozen)),
         adapter_bytes=sum(map(allocated, trainable)),
         layer_adapter_bytes=tuple(_trainable_bytes(layer.parameters()) for layer in layers),
-        num_adapter_tensors=len(trainable),
+        trainable=tuple((tensor.numel(), tensor.element_size()) for tensor in trainable),
     )
 
 

@@ -94,6 +94,7 @@ class HostBytes:
         ring_bytes: Windows between files and the device.
         boundary_bytes: Boundary activations.
         embedding_bytes: Embedding and head.
+        optimizer_bytes: State of a paged optimizer; it is on the card instead while there is room.
     """
 
     slab_bytes: int
@@ -102,11 +103,13 @@ class HostBytes:
     ring_bytes: int
     boundary_bytes: int
     embedding_bytes: int
+    optimizer_bytes: int
 
     @property
     def private_bytes(self) -> int:
         """What is taken of RAM: everything but files."""
-        return self.slab_bytes + self.ring_bytes + self.boundary_bytes + self.embedding_bytes
+        others_bytes = self.ring_bytes + self.boundary_bytes + self.embedding_bytes + self.optimizer_bytes
+        return self.slab_bytes + others_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from hf_lema.config import LemaConfig
 from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
 from hf_lema.planning.memory_plan import MemoryPlan
+from hf_lema.planning.optimizers import OPTIMIZERS, OptimizerBytes, optimizer_bytes
 from hf_lema.planning.planner import Model, best_plan, stock_plan
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.residency import HEAD_ROOM_BYTES
@@ -36,6 +37,7 @@ class PlanComparison:
         vram_limit_bytes: What the allocator may hand out: the card less context and head-room.
         ram_bytes: The machine; None for this one.
         rates: Of the card.
+        optimizers: Other optimizers -> their state, in VRAM and paged.
     """
 
     plans: tuple[MemoryPlan, ...]
@@ -45,6 +47,7 @@ class PlanComparison:
     vram_limit_bytes: int
     ram_bytes: int | None
     rates: DeviceRates
+    optimizers: dict[str, OptimizerBytes]
 
 
 def compare_plans(
@@ -105,6 +108,9 @@ def compare_plans(
         vram_limit_bytes=limit_bytes,
         ram_bytes=ram_bytes,
         rates=rates,
+        optimizers={
+            name: optimizer_bytes(name, cost.tensors.trainable) for name in OPTIMIZERS if name != options.optim
+        },
     )
 
 
@@ -197,9 +203,20 @@ def format_comparison(comparison: PlanComparison) -> str:
             "",
             *verdicts,
             *comparison.advice,
+            _optimizer_text(comparison.optimizers),
             f"Times are lower bounds from {rates.origin} rates ({rates.name}).",
         ]
     )
+
+
+def _optimizer_text(optimizers: dict[str, OptimizerBytes]) -> str:
+    """What the optimizer's state would take under other names of ``TrainingArguments(optim=...)``."""
+    parts = [
+        f"{name} {format_bytes(state.vram_bytes)}"
+        + (f" and {format_bytes(state.paged_bytes)} paged" if state.paged_bytes else "")
+        for name, state in optimizers.items()
+    ]
+    return f"Optimizer state with another optim: {', '.join(parts)}."
 
 
 # ---- dictionary ----

@@ -152,12 +152,18 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
         head_bytes=tensors.head_bytes,
         other_bytes=tensors.other_bytes,
         adapter_bytes=tensors.adapter_bytes,
-        optimizer_bytes=cost.optimizer_bytes,
+        optimizer_bytes=cost.optimizer_bytes.vram_bytes,
         workspace_bytes=cost.rates.workspace_bytes,
         phases=cost.phases(visits, ends, in_ring=False),
         context_bytes=cost.rates.context_bytes,
         host=HostBytes(
-            slab_bytes=0, page_locked_bytes=0, file_backed_bytes=0, ring_bytes=0, boundary_bytes=0, embedding_bytes=0
+            slab_bytes=0,
+            page_locked_bytes=0,
+            file_backed_bytes=0,
+            ring_bytes=0,
+            boundary_bytes=0,
+            embedding_bytes=0,
+            optimizer_bytes=cost.optimizer_bytes.paged_bytes,
         ),
         h2d_bytes=0,
         time=StepTime(
@@ -315,7 +321,7 @@ class _Search:
             head_bytes=0 if ends_in_ram else tensors.head_bytes,
             other_bytes=tensors.other_bytes,
             adapter_bytes=tensors.adapter_bytes,
-            optimizer_bytes=cost.optimizer_bytes,
+            optimizer_bytes=cost.optimizer_bytes.vram_bytes,
             workspace_bytes=cost.rates.workspace_bytes,
             phases=cost.phases(visits, ends, in_ring=choice.boundaries == "ram"),
             context_bytes=cost.rates.context_bytes,
@@ -343,6 +349,7 @@ class _Search:
             ring_bytes=between_bytes,
             boundary_bytes=boundary_bytes,
             embedding_bytes=embedding_bytes,
+            optimizer_bytes=self._cost.optimizer_bytes.paged_bytes,
         )
 
     def _time(

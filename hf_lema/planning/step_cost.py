@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from hf_lema.planning.blueprint import TensorBytes, draw, packed_weights, sort_tensors
 from hf_lema.planning.device_rates import DeviceRates
 from hf_lema.planning.memory_plan import Phase, Place
-from hf_lema.planning.meter import allocated_bytes
+from hf_lema.planning.optimizers import FUSED, OptimizerBytes, optimizer_bytes
 from hf_lema.planning.rehearsal import PartCost, Rehearsal
 
 NUM_BOUNDARY_SLOTS = 2
@@ -38,7 +38,7 @@ class PlanOptions:
         quantization: None or ``"nf4"``: linear weights of the decoder layers in 4 bits.
         double_quantization: Whether the scales of NF4 are quantized too.
         gradient_accumulation_steps: As in ``TrainingArguments``; above 1 gradients are there in every phase.
-        num_moments: Tensors that the optimizer keeps per trainable one: 2 for AdamW.
+        optim: One of `OPTIMIZERS`, as in ``TrainingArguments``.
         num_processes: Processes on the machine; they share one slab.
         micro_batch_size: Fixed instead of chosen; None to choose.
         boundaries: Fixed place of boundary activations; None to choose.
@@ -53,7 +53,7 @@ class PlanOptions:
     quantization: str | None = None
     double_quantization: bool = True
     gradient_accumulation_steps: int = 1
-    num_moments: int = 2
+    optim: str = FUSED
     num_processes: int = 1
     micro_batch_size: int | None = None
     boundaries: Place | None = None
@@ -173,10 +173,9 @@ class StepCost:
         return other
 
     @property
-    def optimizer_bytes(self) -> int:
-        """The optimizer's tensors, and for each trainable one a step counter."""
-        tensors = self.tensors
-        return self.options.num_moments * tensors.adapter_bytes + allocated_bytes(4) * tensors.num_adapter_tensors
+    def optimizer_bytes(self) -> OptimizerBytes:
+        """The optimizer's state."""
+        return optimizer_bytes(self.options.optim, self.tensors.trainable)
 
     # ---- visits ----
 
