@@ -17,10 +17,17 @@ from training import DTYPES
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_lema.planning.blueprint import SHAPES as PLANNED_SHAPES
+from hf_lema.planning.blueprint import nf4_bytes, packed_weights
 
 MAX_SHARD_BYTES = 2 * 10**9
 INITIAL_STD = 0.02
 FREE_DISK_MARGIN_BYTES = 10**9
+NF4 = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 SHAPES: dict[str, dict[str, Any]] = PLANNED_SHAPES | {
     "tiny": {
         "hidden_size": 64,
@@ -47,7 +54,13 @@ def meta_model(config: LlamaConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def ensure_checkpoint(
-    shape: str, num_layers: int | None, precision: str, folder: Path, device: torch.device, seed: int = 0
+    shape: str,
+    num_layers: int | None,
+    precision: str,
+    folder: Path,
+    device: torch.device,
+    seed: int = 0,
+    is_packed: bool = False,
 ) -> Path:
     """The folder of the shape's random checkpoint, written first where it is not there.
 
@@ -60,24 +73,31 @@ def ensure_checkpoint(
         folder: Parent of the checkpoint's folder.
         device: Where the numbers are drawn.
         seed: Of the numbers.
+        is_packed: Whether the linears of the decoder layers are packed to NF4 as they are drawn, on the device, in the
+            format of a stock 4-bit checkpoint: for a model whose 16-bit files the disk does not hold.
 
     Raises:
         ValueError: The disk has too little room.
     """
     depth = "" if num_layers is None else f"-{num_layers}-layers"
-    target = folder / f"{shape}{depth}-{precision}"
+    target = folder / f"{shape}{depth}-{precision}{'-nf4' if is_packed else ''}"
     if target.is_dir():
         return target
     config, dtype = shape_config(shape, num_layers), DTYPES[precision]
-    model = meta_model(config, dtype)
+    model = meta_model(config, dtype).requires_grad_(False)
+    packed = {id(weight) for weight in packed_weights(model)} if is_packed else set()
     folder.mkdir(parents=True, exist_ok=True)
-    needed_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    needed_bytes = sum(
+        nf4_bytes(p.numel(), True) if id(p) in packed else p.numel() * dtype.itemsize for p in model.parameters()
+    )
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes + FREE_DISK_MARGIN_BYTES:
         raise ValueError(f"{shape} in {precision} takes {needed_bytes} bytes on disk, but {free_bytes} are free there")
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder))
     try:
-        _write_shards(model, temporary, dtype, device, seed)
+        _write_shards(model, temporary, dtype, device, seed, packed)
+        if is_packed:
+            model.config.quantization_config = {**NF4, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
         model.config.save_pretrained(temporary)
         temporary.rename(target)
     finally:
@@ -87,7 +107,18 @@ def ensure_checkpoint(
     return target
 
 
-def _write_shards(model: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+def _packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight in NF4 with double quantization, as bitsandbytes saves it."""
+    from bitsandbytes.functional import quantize_4bit
+
+    data, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {part: tensor.to("cpu") for part, tensor in ({name: data} | parts).items()}
+
+
+def _write_shards(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device, seed: int, packed: set[int]
+) -> None:
     generator = torch.Generator(device).manual_seed(seed)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -104,12 +135,14 @@ def _write_shards(model: PreTrainedModel, folder: Path, dtype: torch.dtype, devi
         value = torch.ones(parameter.shape, dtype=dtype)
         if parameter.dim() > 1:
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            value = value.normal_(0.0, INITIAL_STD, generator=generator).to("cpu")
-        if shard and shard_bytes + value.nbytes > MAX_SHARD_BYTES:
+            value = value.normal_(0.0, INITIAL_STD, generator=generator)
+        tensors = _packed(name, value) if id(parameter) in packed else {name: value.to("cpu")}
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        if shard and shard_bytes + nbytes > MAX_SHARD_BYTES:
             close_shard()
-        shard[name] = value
-        shard_bytes += value.nbytes
-        total_bytes += value.nbytes
+        shard |= tensors
+        shard_bytes += nbytes
+        total_bytes += nbytes
     close_shard()
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -67,6 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=0, help="lema: 0 for the whole batch")
     parser.add_argument("--tier", choices=("ram", "disk"), default="ram", help="lema: where layers must stream from")
     parser.add_argument("--checkpoint-dir", type=Path, help="keeps the random checkpoint; by default a temporary one")
+    parser.add_argument("--packed", action="store_true", help="start from a checkpoint that is in NF4 already")
     parser.add_argument("--cold", action="store_true", help="drop the files' pages before each pass; needs --tier disk")
     parser.add_argument("--vram-limit", type=parse_bytes, help="hold the allocator to a smaller card, such as 16GiB")
     parser.add_argument("--attn", help="attention implementation, such as sdpa or eager")
@@ -77,6 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cold and (args.contender not in LEMA or args.tier != "disk"):
         parser.error("--cold needs --contender lema --tier disk")
+    if args.packed and args.contender not in ("qlora", "lema-nf4"):
+        parser.error("--packed needs --contender qlora or lema-nf4")
     if not 0 <= args.warmup < args.steps:
         parser.error(f"--warmup {args.warmup} leaves none of {args.steps} steps")
     args.dtype = args.dtype or ("fp16" if args.device == "cuda" else "fp32")
@@ -159,7 +162,13 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(args.vram_limit / total_bytes, 1.0), device)
     folder = ensure_checkpoint(
-        args.shape, args.num_layers, args.dtype, args.checkpoint_dir or scratch / "checkpoints", device, args.seed
+        args.shape,
+        args.num_layers,
+        args.dtype,
+        args.checkpoint_dir or scratch / "checkpoints",
+        device,
+        args.seed,
+        is_packed=args.packed,
     )
     # No paths: a record is read on other machines.
     options = {name: value for name, value in vars(args).items() if name not in ("checkpoint_dir", "output", "commit")}

@@ -428,6 +428,21 @@ def test_bench_step_moves_the_predicted_bytes_and_loses_nothing_against_peft(tmp
     assert str(tmp_path) not in json.dumps(cold)
 
 
+@pytest.mark.integration
+def test_a_checkpoint_written_in_4_bits_trains_as_one_that_is_packed_while_loading(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    loaded = bench(tmp_path, "--contender", "lema-nf4", "--tier", "disk")
+    written = bench(tmp_path, "--contender", "lema-nf4", "--tier", "disk", "--packed")
+    stock = bench(tmp_path, "--contender", "qlora", "--packed")
+    assert loaded["loss"] == written["loss"] == stock["loss"]
+    assert loaded["h2d_bytes"] == written["h2d_bytes"]
+    folders = {folder.name: folder for folder in (tmp_path / "checkpoints").iterdir()}
+    sizes = {
+        name: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for name, folder in folders.items()
+    }
+    assert sizes["tiny-fp32-nf4"] < 0.7 * sizes["tiny-fp32"], "half of the tiny model is its embedding and head"
+
+
 def test_bench_step_fails_when_layers_come_from_another_tier_than_asked(tmp_path):
     with pytest.raises(RuntimeError, match=r"stream from the disk tier, --tier asks for ram"):
         bench(tmp_path, "--contender", "lema", "--ram-budget", "min")
