@@ -65,7 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--choices", metavar="JSON", help="fields of StepChoices instead of the budget's plan; {} for none"
     )
     parser.add_argument("--micro-batch-size", type=int, default=0, help="lema: 0 for the whole batch")
-    parser.add_argument("--tier", choices=("ram", "disk"), default="ram", help="lema: where layers must stream from")
+    parser.add_argument(
+        "--tier", choices=("ram", "disk", "mixed"), default="ram", help="lema: where layers must stream from"
+    )
     parser.add_argument("--checkpoint-dir", type=Path, help="keeps the random checkpoint; by default a temporary one")
     parser.add_argument("--packed", action="store_true", help="start from a checkpoint that is in NF4 already")
     parser.add_argument("--cold", action="store_true", help="drop the files' pages before each pass; needs --tier disk")
@@ -199,7 +201,7 @@ def machine_rates(args: argparse.Namespace, device: torch.device, folder: Path) 
     if device.type == "cuda":
         rates["pinned_copy_bytes_per_s"] = pinned_copy_bytes_per_s(device)
         torch.cuda.reset_peak_memory_stats(device)
-    if args.contender in LEMA and args.tier == "disk":
+    if args.contender in LEMA and args.tier != "ram":
         rates |= disk_rates(max(checkpoint_files(folder), key=lambda path: path.stat().st_size))
     return rates
 
