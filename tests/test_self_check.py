@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import ORDERS, STOCK, assert_same_tensors, build, closing, forward_backward, gradients, lora, prepare
+from models import (
+    ORDERS,
+    STOCK,
+    assert_same_tensors,
+    build,
+    closing,
+    enable_checkpointing,
+    forward_backward,
+    gradients,
+    lora,
+    prepare,
+)
 
 from hf_lema import LemaConfig, cli, get_streamer
 from hf_lema.layer.self_check import NUM_CHECKED_VISITS, SelfCheck, check_steps
@@ -20,6 +31,7 @@ pytestmark = pytest.mark.integration
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_checked_steps_are_equal_and_give_the_numbers_of_unchecked_ones(architecture: str) -> None:
     with closing(prepare(STOCK, build(architecture), lora(architecture))) as stock:
+        enable_checkpointing(stock)
         loss, expected = forward_backward(stock), gradients(stock)
     config = LemaConfig(self_check=True)
     with closing(prepare(ORDERS[0], build(architecture), lora(architecture), config=config)) as model:
