@@ -239,6 +239,8 @@ class _Merge:
                         written.result()
                     written = pool.submit(_write_all, writer, made)
                     del made
+                    if self._has_whole_layers:  # or the next layer is read while this one is still in memory
+                        written.result()
                 bar.update(sum(self.layout.tensors[name].nbytes for name in unit.outputs))
             if written is not None:
                 written.result()
