@@ -38,6 +38,12 @@ from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.loading import build_skeleton, find_decoder_layers
 from hf_lema.model.loss import ChunkedLoss
 from hf_lema.model.merge_hook import install_merge_hooks, remove_merge_hooks
+from hf_lema.model.other_ways import (
+    COMPILE_MESSAGE,
+    DATA_PARALLEL_MESSAGE,
+    refuse_data_parallel,
+    refuse_other_ways,
+)
 from hf_lema.model.outside import MIN_PIECE_BYTES, OutsideWeights
 from hf_lema.model.packing import given_pack
 from hf_lema.model.placement import (
@@ -58,12 +64,6 @@ from hf_lema.runtime.residency import VramBudget
 from hf_lema.runtime.streamer import LayerStreamer
 
 logger = logging.getLogger(__name__)
-
-DATA_PARALLEL_MESSAGE = (
-    "several GPUs are visible and there is no launcher: Trainer would use torch.nn.DataParallel, which copies the "
-    "model to every GPU and cannot stream it. Make one GPU visible (CUDA_VISIBLE_DEVICES=0), or launch one process a "
-    "GPU (accelerate launch, torchrun)"
-)
 
 
 class LemaModelWrapper(nn.Module):
@@ -101,10 +101,11 @@ class LemaModelWrapper(nn.Module):
         Raises:
             ValueError: The model has no list of decoder layers, is quantized, has weights on the meta device or an
                 accelerate device map, is in bfloat16 on a card without it, or does not fit the stated budgets.
-            RuntimeError: The model is wrapped already.
+            RuntimeError: The model is wrapped already, or FSDP, DeepSpeed, tensor parallelism or torch.compile is on.
         """
         config = config or LemaConfig()
         lm = _language_model(model)
+        refuse_other_ways(lm)
         _refuse_unfit(lm)
         target = _resolve_device(device)
         _refuse_bf16_without_hardware(lm, target)
@@ -159,8 +160,10 @@ class LemaModelWrapper(nn.Module):
             ValueError: The checkpoint is damaged, has no safetensors files, or does not fit the model or the budgets;
                 the pack is damaged or of another model.
             FileNotFoundError: A shard, or the pack, is missing.
+            RuntimeError: FSDP, DeepSpeed, tensor parallelism or torch.compile is on.
         """
         config = config or LemaConfig()
+        refuse_other_ways()
         target = _resolve_device(device)
         skeleton = build_skeleton(
             name_or_path,
@@ -262,15 +265,36 @@ class LemaModelWrapper(nn.Module):
     @property
     def is_parallelizable(self) -> bool:
         """False. Trainer of transformers 4 reads it before it decides on DataParallel, which is refused there."""
-        _refuse_data_parallel()
+        refuse_data_parallel()
         return False
 
     @property
     def is_distributed_loading_by_transformers(self) -> bool:
         """As transformers says. Trainer of transformers 5 reads it before it decides on DataParallel."""
-        _refuse_data_parallel()
+        refuse_data_parallel()
         said: bool = super().is_distributed_loading_by_transformers  # type: ignore[misc]
         return said
+
+    @property
+    def hf_device_map(self) -> Any:
+        """As transformers has set it, if it has. Trainer and ``Accelerator.prepare`` read it before they do anything.
+
+        Raises:
+            RuntimeError: They are about to split or compile the model.
+        """
+        refuse_other_ways()
+        if "hf_device_map" not in self.__dict__:
+            raise AttributeError("hf_device_map")
+        return self.__dict__["hf_device_map"]
+
+    @property
+    def _initialize_hook(self) -> Any:
+        """Refused: ``torch.compile`` asks every module for it (those of `torch.nn.modules.lazy` have one)."""
+        raise RuntimeError(COMPILE_MESSAGE)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: see the message."""
+        raise RuntimeError(COMPILE_MESSAGE)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(DATA_PARALLEL_MESSAGE)
@@ -408,6 +432,9 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(plain_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiled module around the model, such as DDP
+            torch._dynamo.graph_break()  # what is raised inside a graph would only end the graph
+            raise RuntimeError(COMPILE_MESSAGE)
         if torch.is_grad_enabled():
             refuse_lost_outputs(type(self).__name__, self.config, kwargs)
         return _runtime_of(self).loss.forward(*args, **kwargs)
@@ -420,11 +447,6 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__new__": lambda cls, *args, **kwargs: plain_class(*args, **kwargs),
     }
     return type(plain_class.__name__, (LemaModelWrapper, plain_class), body)
-
-
-def _refuse_data_parallel() -> None:
-    if torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
-        raise RuntimeError(DATA_PARALLEL_MESSAGE)
 
 
 def _runtime_of(lm: Any) -> _Runtime:

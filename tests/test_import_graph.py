@@ -46,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "layer/recompute": {"torch"},
     "layer/self_check": {"torch"},
     "layer/layer_proxy": {"torch"},
+    "model/other_ways": {"torch", "transformers", "accelerate"},
     "model/outside": {"torch", "transformers"},
     "model/pieced_loss": {"torch"},
     "model/loss": {"torch", "transformers"},
