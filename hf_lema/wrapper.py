@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_lema.capability import BF16_CAPABILITY
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
 from hf_lema.layer.boundaries import Boundaries
@@ -100,7 +101,7 @@ class LemaModelWrapper(nn.Module):
 
         Raises:
             ValueError: The model has no list of decoder layers, is quantized, has weights on the meta device or an
-                accelerate device map, is in bfloat16 on a card without it, or does not fit the stated budgets.
+                accelerate device map, is in bfloat16 or to be packed on a card without it, or does not fit the budgets.
             RuntimeError: The model is wrapped already, or FSDP, DeepSpeed, tensor parallelism or torch.compile is on.
         """
         config = config or LemaConfig()
@@ -539,7 +540,7 @@ def _refuse_unfit(lm: PreTrainedModel) -> None:
 
 
 def _refuse_bf16_without_hardware(lm: PreTrainedModel, device: torch.device) -> None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
         return
     if any(parameter.dtype == torch.bfloat16 for parameter in lm.parameters()):
         major, minor = torch.cuda.get_device_capability(device)

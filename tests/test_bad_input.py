@@ -155,6 +155,22 @@ def test_bf16_on_a_card_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert not isinstance(model, LemaModelWrapper)
 
 
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_4_bit_layers_on_a_card_without_kernels_for_them_are_refused(
+    from_checkpoint: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (5, 2))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GeForce GTX 980")
+    model, config = build(dtype=torch.float16), LemaConfig(quantization="nf4")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"GTX 980.*5\.2.*below 6\.0.*leave quantization out"):
+        if from_checkpoint:
+            LemaModelWrapper.from_pretrained(str(tmp_path), config, device="cuda:0")
+        else:
+            LemaModelWrapper.wrap(model, config, device="cuda:0")
+    assert not isinstance(model, LemaModelWrapper)
+
+
 def test_device_that_cannot_compute_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="meta"):
         LemaModelWrapper.wrap(build(), device="meta")

@@ -111,6 +111,15 @@ def test_a_t4_that_emulates_bf16_is_told_to_use_fp16() -> None:
     assert "fp16=True" in found["bf16"].remedy
 
 
+def test_a_card_older_than_bitsandbytes_4_bit_kernels_is_told_so() -> None:
+    gtx_980 = dataclasses.replace(P100, name="GeForce GTX 980", capability=(5, 2))
+    found = complaints(machine(card=gtx_980, arch_list=CUDA_126))
+
+    assert list(found) == ["bf16", "4 bits"]
+    assert "below capability 6.0; this card has 5.2" in found["4 bits"].found
+    assert "4 bits" not in complaints(machine(card=P100))
+
+
 def test_wsl_with_a_lock_limit_of_64_kib_is_warned_where_cuda_refuses_and_not_where_it_locks() -> None:
     refused = LockTry(num_bytes=256 * MIB, is_allowed=False)
     found = complaints(machine(memlock_limit_bytes=64 * KIB, page_lock_try=refused, bus_bytes_per_s=None))

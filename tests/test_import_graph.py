@@ -19,6 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "units": set(),
     "choices": set(),
     "config": set(),
+    "capability": set(),
     "environment": {"torch", "psutil"},
     "files/staging": set(),
     "files/layout": {"torch"},

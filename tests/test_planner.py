@@ -272,6 +272,19 @@ def test_causal_attention_counts_half_of_the_square() -> None:
     assert flops[0] == 2 * flops[1] == 2 * 2 * (2 * 64 * 64 * 32)
 
 
+def test_grouped_queries_without_flash_hold_the_whole_matrix_of_scores() -> None:
+    scores_bytes = 4 * 4 * 256 * 256  # four heads, in float32
+    peaks = {}
+    for has_flash in (True, False):
+        with FakeTensorMode(), ByteMeter().measured() as measures, CudaBehaviour(has_flash=has_flash):
+            query = torch.empty(1, 4, 256, 32, dtype=torch.float16, requires_grad=True)
+            key = torch.empty(1, 2, 256, 32, dtype=torch.float16)
+            torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+        peaks[has_flash] = measures[0].peak_bytes
+
+    assert peaks[True] < scores_bytes <= peaks[False]
+
+
 def test_dropout_and_attention_keep_what_they_keep_on_cuda() -> None:
     hidden = torch.ones(4, 8, requires_grad=True)
     with CudaBehaviour(has_flash=True):

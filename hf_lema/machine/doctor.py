@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_lema.capability import BF16_CAPABILITY, FOUR_BIT_CAPABILITY
 from hf_lema.machine.machine_facts import Card, MachineFacts, PackageFact, has_kernels, probe_machine
 from hf_lema.units import GIB, MIB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]
 
-BF16_CAPABILITY = (8, 0)
-"""From here on bf16 is computed and not emulated; ``torch.cuda.is_bf16_supported`` counts emulation too."""
 # A ring of two 0.4 GiB layers, the least that streaming from disk page-locks for a 7B model.
 _SMALL_LOCK_BYTES = GIB
 # Docker gives 64 MiB; DataLoader workers pass batches through it.
@@ -156,6 +155,8 @@ def _card(facts: MachineFacts) -> list[Finding]:
         f"{card.name}, {format_bytes(card.total_bytes)} ({format_bytes(card.free_bytes)} free), capability {capability}"
     )
     findings = [Finding(level="ok", topic="GPU", found=text), _kernels(facts, card), _bf16(card)]
+    if card.capability < FOUR_BIT_CAPABILITY:
+        findings.append(_four_bit(card))
     if facts.num_gpus > 1:
         found = f"{facts.num_gpus} are visible; without a launcher Trainer would use DataParallel, which is refused"
         remedy = "CUDA_VISIBLE_DEVICES=0, or a launcher such as torchrun"
@@ -179,6 +180,12 @@ def _bf16(card: Card) -> Finding:
     emulated = " (torch emulates it, slowly)" if card.is_bf16_claimed else ""
     remedy = "train with dtype=torch.float16 and fp16=True; SFTConfig defaults to bf16, so say it there too"
     return Finding(level="warning", topic="bf16", found=f"not computed by this card{emulated}", remedy=remedy)
+
+
+def _four_bit(card: Card) -> Finding:
+    needed = ".".join(map(str, FOUR_BIT_CAPABILITY))
+    found = f"bitsandbytes has no kernels below capability {needed}; this card has {'.'.join(map(str, card.capability))}"
+    return Finding(level="warning", topic="4 bits", found=found, remedy="leave quantization out: fp16 layers stream")
 
 
 # ---- memory and rates ----

@@ -147,9 +147,9 @@ def build_skeleton(
         The model and the source of its layers.
 
     Raises:
-        ValueError: An argument that cannot be combined with streaming; a checkpoint quantized other than to
-            bitsandbytes' 4 bits; a damaged one, or one that lacks tensors of the model (all are named); no list of
-            decoder layers.
+        ValueError: An argument that cannot be combined with streaming; a card without 4-bit kernels where layers are
+            packed; a checkpoint quantized other than to bitsandbytes' 4 bits; a damaged one, or one that lacks tensors
+            of the model (all are named); no list of decoder layers.
         FileNotFoundError: No safetensors file, or shards are missing.
         OSError: As ``from_pretrained`` when a model cannot be found or fetched.
         ImportError: Layers are to be packed and bitsandbytes is not installed.
@@ -164,7 +164,7 @@ def build_skeleton(
     stored_config = config.to_dict().get("quantization_config")
     if quantization is not None or stored_config is not None:
         index, stored = (index, {}) if stored_config is None else split_packed(index)
-        quantizer = make_quantizer(wanted, double_quantization, stored_config)
+        quantizer = make_quantizer(wanted, double_quantization, stored_config, torch.device(device))
         packing = _pack_linears(model, layers_path, quantizer, stored, torch.device(device))
     plan = plan_conversion(model, index.tensors, wanted, request.key_mapping)
     if plan.unexpected:

@@ -124,7 +124,7 @@ def pack_linears(lm: PreTrainedModel, layers_path: str, config: LemaConfig, devi
         )
     from hf_lema.runtime.quantization import quantize, register_packed
 
-    quantizer = make_quantizer(lm.dtype, config.double_quantization)
+    quantizer = make_quantizer(lm.dtype, config.double_quantization, device=device)
     originals = put_in_packed_linears(lm, layers_path, quantizer)
     transposed = transposed_weights(originals)
     matrices = matrices_of(originals, layers_path, lm.dtype, config.double_quantization)

@@ -21,6 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
+from hf_lema.capability import FOUR_BIT_CAPABILITY
 from hf_lema.files.layout import PackedMatrix
 from hf_lema.model.conversion import transformers_at_least
 
@@ -31,17 +32,23 @@ def is_packed_config(stored: Any) -> bool:
     return values.get("quant_method") == "bitsandbytes" and bool(values.get("load_in_4bit"))
 
 
-def make_quantizer(dtype: torch.dtype, double_quantization: bool, stored: Any = None) -> Any:
+def make_quantizer(
+    dtype: torch.dtype, double_quantization: bool, stored: Any = None, device: torch.device | None = None
+) -> Any:
     """The quantizer of transformers for NF4, or for a checkpoint that is packed already.
 
     Args:
         dtype: The model's dtype: linears compute in it.
         double_quantization: Whether the absmax values are packed too.
         stored: The checkpoint's ``quantization_config``, if it has one; it then decides what is packed.
+        device: Where layers are packed and unpacked, if that is known yet.
 
     Raises:
+        ValueError: The device is a card that bitsandbytes has no kernels for.
         ImportError: bitsandbytes is not installed, or has no backend here.
     """
+    if device is not None and device.type == "cuda":
+        _refuse_without_kernels(device)
     if stored is None:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -55,6 +62,16 @@ def make_quantizer(dtype: torch.dtype, double_quantization: bool, stored: Any = 
     quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=stored is not None)
     quantizer.validate_environment(device_map=None)
     return quantizer
+
+
+def _refuse_without_kernels(device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FOUR_BIT_CAPABILITY:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and "
+            f"bitsandbytes has no 4-bit kernels below {'.'.join(map(str, FOUR_BIT_CAPABILITY))}: leave quantization out "
+            "and load the full-precision checkpoint with dtype=torch.float16"
+        )
 
 
 def put_in_packed_linears(model: PreTrainedModel, layers_path: str, quantizer: Any) -> dict[str, nn.Module]:

@@ -232,7 +232,11 @@ class CudaBehaviour(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """What ``_fused_sdp_choice`` of ATen's CUDA part picks: flash without a mask, else memory-efficient."""
+        """What ``_fused_sdp_choice`` of ATen's CUDA part picks: flash without a mask, else memory-efficient.
+
+        Grouped queries without flash fall to the math kernel, which holds the whole matrix of scores in float32:
+        the memory-efficient kernel does not take them (``scaled_dot_product_attention``'s documentation).
+        """
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -243,9 +247,11 @@ class CudaBehaviour(TorchFunctionMode):
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )[0]
             return output
-        if enable_gqa and key.shape[1] != query.shape[1]:  # this kernel wants as many heads everywhere
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        if enable_gqa and key.shape[1] != query.shape[1]:
+            output = aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+            )[0]
+            return output
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
