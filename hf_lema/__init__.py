@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hf_lema.config import LemaConfig
     from hf_lema.export.merging import merge_and_save
     from hf_lema.measuring.telemetry import MemoryTelemetryCallback
+    from hf_lema.planning.memory_plan import MemoryPlan
+    from hf_lema.planning.planner import plan_memory
     from hf_lema.runtime.streamer import LayerStreamer, StreamerStats
     from hf_lema.wrapper import LemaModelWrapper, get_streamer
 
@@ -22,22 +24,26 @@ _HOMES = {
     "LayerStreamer": "hf_lema.runtime.streamer",
     "LemaConfig": "hf_lema.config",
     "LemaModelWrapper": "hf_lema.wrapper",
+    "MemoryPlan": "hf_lema.planning.memory_plan",
     "MemoryTelemetryCallback": "hf_lema.measuring.telemetry",
     "StepChoices": "hf_lema.choices",
     "StreamerStats": "hf_lema.runtime.streamer",
     "get_streamer": "hf_lema.wrapper",
     "merge_and_save": "hf_lema.export.merging",
+    "plan_memory": "hf_lema.planning.planner",
 }
 
 __all__ = [
     "LayerStreamer",
     "LemaConfig",
     "LemaModelWrapper",
+    "MemoryPlan",
     "MemoryTelemetryCallback",
     "StepChoices",
     "StreamerStats",
     "get_streamer",
     "merge_and_save",
+    "plan_memory",
 ]
 
 

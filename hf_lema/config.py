@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_lema.choices import StepChoices
+from hf_lema.planning.memory_plan import MemoryPlan
 from hf_lema.units import parse_bytes
 
 
@@ -31,7 +32,8 @@ class LemaConfig:
         double_quantization: Whether the scales of the 4-bit blocks are packed too (QLoRA's second quantization).
         self_check: Whether the first two training visits of every layer are run a second time with its weights fetched
             plainly, and compared: outputs, gradients, and the base weights before and after.
-        choices: How steps are run, for who knows better than the budget; decided by the budget if None.
+        choices: How steps are run, for who knows better than the budget: fixed `StepChoices`, or a `MemoryPlan` of
+            `plan_memory`, which holds until a batch is larger than it was planned for; decided by the budget if None.
 
     Raises:
         ValueError: If a budget cannot be read or is not positive, ``num_slots`` is below 2, or the quantization is not
@@ -45,7 +47,7 @@ class LemaConfig:
     quantization: str | None = None
     double_quantization: bool = True
     self_check: bool = False
-    choices: StepChoices | None = None
+    choices: StepChoices | MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("vram_budget", "ram_budget"):
@@ -58,12 +60,19 @@ class LemaConfig:
         for name in ("double_quantization", "self_check"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.choices is not None and not isinstance(self.choices, StepChoices):
-            raise ValueError(f"choices must be StepChoices, such as those of a MemoryPlan, got {self.choices!r}")
+        self._check_choices()
         if isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
             raise ValueError(f"num_slots must be a whole number, got {self.num_slots!r}")
         if self.num_slots < 2:
             raise ValueError(f"num_slots is {self.num_slots}; streaming needs at least 2 (one computes, one is filled)")
+
+    def _check_choices(self) -> None:
+        if self.choices is not None and not isinstance(self.choices, (StepChoices, MemoryPlan)):
+            raise ValueError(f"choices must be StepChoices or a MemoryPlan, got {self.choices!r}")
+        if isinstance(self.choices, MemoryPlan) and self.choices.contender != "lema":
+            raise ValueError(
+                f"choices is a plan of stock training ({self.choices.contender!r}); plan_memory plans streamed training"
+            )
 
     @property
     def vram_budget_bytes(self) -> int | None:

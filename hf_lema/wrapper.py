@@ -56,12 +56,13 @@ from hf_lema.model.placement import (
 )
 from hf_lema.model.stores import store_from_checkpoint, store_of_model
 from hf_lema.planning.device_rates import rates_of
+from hf_lema.planning.memory_plan import MemoryPlan
 from hf_lema.planning.planner import best_plan
 from hf_lema.planning.rehearsal import UnplannableError
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.host_memory import available_host_bytes
 from hf_lema.runtime.local_ranks import LocalGroup
-from hf_lema.runtime.residency import VramBudget
+from hf_lema.runtime.residency import BatchShape, VramBudget
 from hf_lema.runtime.streamer import LayerStreamer
 
 logger = logging.getLogger(__name__)
@@ -365,12 +366,25 @@ class _Runtime:
             for tensor in self._lm_buffers_and_parameters()
             if id(tensor) not in streamed
         )
-        self.budget = VramBudget(self.config, self.streamer, other_bytes, self.outside.nbytes, self._plan, self.apply)
-        if self.config.choices is not None:
-            self.apply(self.config.choices)
+        choices = self.config.choices
+        given = self._given(choices) if isinstance(choices, MemoryPlan) else None
+        self.budget = VramBudget(
+            self.config, self.streamer, other_bytes, self.outside.nbytes, self._plan, self.apply, given
+        )
+        if isinstance(choices, StepChoices):
+            self.apply(choices)
             return
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
+
+    def _given(self, plan: MemoryPlan) -> tuple[BatchShape, StepChoices]:
+        """What somebody has planned for this model."""
+        if plan.num_layers != len(self.layers):
+            raise ValueError(
+                f"choices is a plan for {plan.model}, which has {plan.num_layers} layers; this model has "
+                f"{len(self.layers)}. Plan the model that is trained"
+            )
+        return BatchShape(plan.batch_size, plan.seq_len), plan.choices
 
     def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
         """How to run within so many bytes of VRAM; whole batches with everything there where that cannot be planned."""

@@ -27,10 +27,11 @@ from models import (
     train,
 )
 
-from hf_lema import LemaConfig
-from hf_lema.choices import StepChoices
+from hf_lema import LemaConfig, MemoryPlan, StepChoices, plan_memory
 from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS
+from hf_lema.planning.planner import plan_stock
+from hf_lema.planning.step_cost import PlanOptions
 from hf_lema.wrapper import apply_choices, find_streamer
 
 pytestmark = pytest.mark.integration
@@ -172,6 +173,29 @@ def test_close_gives_back_what_the_choices_took() -> None:
     streamer.close()
     assert not runtime.outside.on_host
     assert runtime.options.boundaries.device_bytes == 0
+
+
+def test_a_plan_of_plan_memory_is_taken_as_it_is(tmp_path: Path) -> None:
+    options = PlanOptions(boundaries="ram", embedding_and_head="ram", micro_batch_size=1, num_resident=2)
+    config = LemaConfig(vram_budget="1GiB")
+    plan = plan_memory(build(), config, batch_size=2, seq_len=16, lora=4, rates=DATA_SHEETS["T4"], options=options)
+    assert isinstance(plan, MemoryPlan)
+    model = prepare(ORDERS[0], config=LemaConfig(vram_budget="1GiB", choices=plan))
+    with closing(model):
+        runtime = model.get_base_model().__dict__["_lema_runtime"]
+        assert runtime.options.micro_batches.micro_batch_size == 1
+        assert runtime.options.boundaries.in_use
+        assert runtime.outside.on_host
+        streamer = find_streamer(model)
+        assert streamer is not None
+        assert streamer.resident_layers == plan.resident_layers
+        assert len(plan.resident_layers) == 2
+        train(model, tmp_path, max_steps=2)
+    stock = plan_stock(build(), batch_size=2, seq_len=16, lora=4)
+    with pytest.raises(ValueError, match="a plan of stock training"):
+        LemaConfig(choices=stock)
+    with pytest.raises(ValueError, match="has 4 layers; this model has 3"):
+        prepare(ORDERS[0], build(num_layers=3), config=LemaConfig(choices=plan))
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

@@ -74,6 +74,12 @@ def test_micro_batches_of_anything_else_are_refused(micro_batch_size: object) ->
         LemaConfig(micro_batch_size=micro_batch_size)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("choices", [{"micro_batch_size": 2}, "min", 3, True])
+def test_choices_that_are_none_are_refused(choices: object) -> None:
+    with pytest.raises(ValueError, match="StepChoices or a MemoryPlan"):
+        LemaConfig(choices=choices)  # type: ignore[arg-type]
+
+
 def test_choices_cannot_be_changed_afterwards_nor_given_by_position() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LemaConfig().num_slots = 3  # type: ignore[misc]

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_lema"
 ROOMS: dict[str, set[str]] = {
     "units": set(),
     "choices": set(),
+    "planning/memory_plan": set(),
     "config": set(),
     "capability": set(),
     "environment": {"torch", "psutil"},
@@ -65,7 +66,6 @@ ROOMS: dict[str, set[str]] = {
     "planning/meter": {"torch"},
     "planning/device_rates": {"torch"},
     "planning/optimizers": set(),
-    "planning/memory_plan": set(),
     "planning/rehearsal": {"torch", "transformers"},
     "planning/blueprint": {"torch", "transformers", "peft"},
     "planning/step_cost": {"torch", "transformers", "peft"},

@@ -16,11 +16,13 @@ PUBLIC_NAMES = {
     "LayerStreamer",
     "LemaConfig",
     "LemaModelWrapper",
+    "MemoryPlan",
     "MemoryTelemetryCallback",
     "StepChoices",
     "StreamerStats",
     "get_streamer",
     "merge_and_save",
+    "plan_memory",
 }
 
 CONFIG_FIELDS = {

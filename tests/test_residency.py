@@ -16,7 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.runtime.residency import HEAD_ROOM_BYTES, VramBudget, free_vram_bytes
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, VramBudget, free_vram_bytes
 from hf_lema.runtime.schedule import spread_evenly
 
 GIB, MIB = 2**30, 2**20
@@ -117,6 +117,7 @@ def make_budget(
     other_bytes: int = GIB // 2,
     movable_bytes: int = 0,
     planner: FakePlanner | None = None,
+    given: tuple[BatchShape, StepChoices] | None = None,
     **config: Any,
 ) -> VramBudget:
     planner = planner or FakePlanner(streamer)
@@ -127,6 +128,7 @@ def make_budget(
         movable_bytes,
         planner.plan,
         planner.apply,  # type: ignore[arg-type]
+        given,
     )
     budget.start()
     return budget
@@ -293,7 +295,7 @@ def test_a_step_that_passes_the_budget_with_nothing_resident_says_so_once(card: 
     streamer = FakeStreamer()
     budget = make_budget(streamer, vram_budget="4GiB")
     card.reserved_bytes = 5 * GIB
-    with pytest.warns(UserWarning, match="4096 tokens takes 5.00 GiB .* budget of 4.00 GiB") as caught:
+    with pytest.warns(UserWarning, match="8 x 512 tokens takes 5.00 GiB .* budget of 4.00 GiB") as caught:
         train(budget, 8)
     assert len(caught) == 1
     assert streamer.resident_layers == ()
@@ -328,6 +330,67 @@ WHOLE, HALVES, LEAST = (
 
 def planner_of_three(streamer: FakeStreamer) -> FakePlanner:
     return FakePlanner(streamer, {8 * GIB: WHOLE, 5 * GIB: HALVES, 2 * GIB: LEAST})
+
+
+@pytest.mark.parametrize("limit", ["others", "fraction"])
+def test_a_stated_budget_is_no_more_than_the_process_can_have(card: FakeCard, limit: str) -> None:
+    if limit == "others":
+        card.others_bytes = 8 * GIB
+    else:
+        card.fraction = 0.5
+    streamer = FakeStreamer()
+    with pytest.warns(UserWarning, match="vram_budget is 10.00 GiB, but this process can have 7.50 GiB"):
+        budget = make_budget(streamer, vram_budget="10GiB")
+    train(budget, 4)
+    assert card.reserved_bytes + len(streamer.resident_layers) * streamer.layer_bytes <= 8 * GIB - HEAD_ROOM_BYTES
+    assert make_budget(FakeStreamer(), vram_budget="6GiB").budget_bytes == 6 * GIB
+
+
+def test_a_longer_sequence_is_planned_anew_although_its_batch_has_fewer_tokens(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="6GiB")
+    train(budget, 4)
+    assert streamer.resident_layers
+    budget.before_training_step(1, 2048)
+    assert planner.asked[-1] == (2, 2048, 6 * GIB), "as many tokens as 8 x 512 have, in sequences of 2,048"
+    assert streamer.resident_layers == ()
+
+
+def test_every_shape_is_measured_before_layers_are_resident_beside_it(
+    card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a longer sequence came, the peak of the batch that has more tokens has to be seen again."""
+
+    def step(batch_size: int, seq_len: int, needed_bytes: int) -> None:
+        budget.before_training_step(batch_size, seq_len)
+        resident_bytes = len(streamer.resident_layers) * streamer.layer_bytes
+        # An empty cache, and then the step: reserved is what it needs beside what is resident.
+        card.reserved_bytes = max(card.reserved_bytes, needed_bytes + resident_bytes)
+        assert card.reserved_bytes <= 6 * GIB
+        update()
+
+    streamer = FakeStreamer()
+    budget = make_budget(streamer, vram_budget="6GiB")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(card, "reserved_bytes", GIB))
+    wide, narrow = (8, 512, 5 * GIB), (1, 2048, 2 * GIB)
+    for shape in [wide, wide, wide, narrow, narrow, narrow, narrow, wide, wide, wide, narrow, wide]:
+        step(*shape)
+    assert len(streamer.resident_layers) == GIB // (400 * MIB)
+
+
+def test_a_plan_that_was_given_holds_until_a_batch_is_larger(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_three(streamer)
+    given = StepChoices(micro_batch_size=2, resident_layers=(3, 5))
+    budget = make_budget(streamer, planner=planner, given=(BatchShape(8, 512), given), vram_budget="6GiB")
+    train(budget, 4)
+    train(budget, 2, num_tokens=512)
+    assert planner.applied == [given]
+    assert planner.asked == []
+    train(budget, num_tokens=8192)
+    assert planner.asked == [(16, 512, 6 * GIB)]
+    assert planner.applied[-1] == HALVES
 
 
 def test_min_runs_as_the_least_plan_says(card: FakeCard) -> None:

@@ -173,7 +173,7 @@ class MemoryPlan:
 
     @property
     def choices(self) -> StepChoices:
-        """What the plan decides, for ``LemaConfig(choices=...)``."""
+        """What the plan decides."""
         return StepChoices(
             micro_batch_size=self.micro_batch_size if self.micro_batch_size < self.batch_size else 0,
             tile_tokens=self.tile_tokens,

@@ -6,8 +6,13 @@ callable.
 A plan decides what is cut and what leaves device memory. The first training steps run so, with nothing resident. What
 the allocator then has reserved (the optimizer's state included from the second step on) is taken from the budget; whole
 layers fill the rest, spread evenly over the depth, those first that would be read from files. Where more is reserved
-than the budget allows, the plan is made again with that much less. A batch with more tokens than any before it sends
-all layers back first and begins anew.
+than the budget allows, the plan is made again with that much less.
+
+Note [larger batches]: a batch with more tokens than any before it, or with longer sequences (a micro-batch of them has
+more tokens, and attention may take their square), is planned anew before its first layer. The plan is for the least
+shape that has both, the most tokens and the longest sequence. A batch within that shape, but not within one that ran
+since layers became resident, sends them back first and is measured too: a peak that nobody has seen yet must not meet a
+card that is full.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -52,6 +57,30 @@ Raises ValueError where nothing fits.
 """
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch as a plan sees it.
+
+    Attributes:
+        batch_size: Sequences.
+        seq_len: Tokens of each, padding included.
+    """
+
+    batch_size: int
+    seq_len: int
+
+    def covers(self, other: BatchShape) -> bool:
+        """Whether a step of this shape takes no less memory than one of the other; see Note [larger batches]."""
+        num_tokens, num_others = self.batch_size * self.seq_len, other.batch_size * other.seq_len
+        return num_tokens >= num_others and self.seq_len >= other.seq_len
+
+    def joined(self, other: BatchShape) -> BatchShape:
+        """The least shape that covers both."""
+        seq_len = max(self.seq_len, other.seq_len, 1)
+        num_tokens = max(self.batch_size * self.seq_len, other.batch_size * other.seq_len)
+        return BatchShape(-(-num_tokens // seq_len), seq_len)
+
+
 class VramBudget:
     """Decides between steps how they are run and which layers are resident.
 
@@ -62,6 +91,7 @@ class VramBudget:
         movable_bytes: Those of them that can lie in host memory.
         plan: See `Plan`.
         apply: Has steps run as chosen.
+        given: A plan that somebody made, and the shape that it is for: steps run so until a batch is larger.
 
     Raises:
         ValueError: The stated budget is below what the slots and the resident parts need at once.
@@ -75,16 +105,18 @@ class VramBudget:
         movable_bytes: int,
         plan: Plan,
         apply: Callable[[StepChoices], None],
+        given: tuple[BatchShape, StepChoices] | None = None,
     ) -> None:
         self._config = config
         self._streamer = streamer
         self._plan = plan
         self._apply = apply
+        self._given = given
         self._num_updates = 0
-        self._max_tokens = 0
-        self._shape = (0, 0)
-        self._measured = False
-        self._choices = StepChoices()
+        self._shape, self._choices = given or (BatchShape(0, 0), StepChoices())
+        self._ran = [self._shape]  # shapes whose peaks the measured memory has, or will have, seen
+        self._reserved_bytes = 0  # the most that steps with nothing resident took, run as they are now
+        self._measured = given is not None
         slots_bytes = streamer.layer_bytes * streamer.num_slots
         minimum_bytes = other_bytes - movable_bytes + slots_bytes
         self.budget_bytes = self._budget(config, streamer.device, minimum_bytes)
@@ -100,14 +132,23 @@ class VramBudget:
     @staticmethod
     def _budget(config: LemaConfig, device: torch.device, minimum_bytes: int) -> int | None:
         """Bytes to fill with resident layers up to; None to keep none."""
-        if config.vram_budget_bytes is not None:
-            return config.vram_budget_bytes
+        stated_bytes = config.vram_budget_bytes
         if config.vram_budget == "min" or device.type != "cuda":
-            return None
-        return free_vram_bytes(device) + torch.cuda.memory_allocated(device) - HEAD_ROOM_BYTES
+            return stated_bytes
+        free_bytes = free_vram_bytes(device) + torch.cuda.memory_allocated(device) - HEAD_ROOM_BYTES
+        if stated_bytes is None or stated_bytes <= free_bytes:
+            return free_bytes if stated_bytes is None else stated_bytes
+        warnings.warn(
+            f"vram_budget is {format_bytes(stated_bytes)}, but this process can have {format_bytes(free_bytes)} beside "
+            f"{format_bytes(HEAD_ROOM_BYTES)} of head-room; that is the budget",
+            stacklevel=2,
+        )
+        return max(free_bytes, minimum_bytes)
 
     def start(self) -> None:
-        """Begins to count optimizer steps, where there is a budget to fill."""
+        """Runs steps as given, and begins to count optimizer steps, where there is a budget to fill."""
+        if self._given is not None:
+            self._apply(self._choices)
         if self.budget_bytes is not None and self._streamer.device.type == "cuda":
             budget = weakref.ref(self)
 
@@ -130,33 +171,51 @@ class VramBudget:
         """
         if self._streamer.device.type != "cuda":
             return
-        if batch_size * seq_len > self._max_tokens:
-            self._max_tokens, self._shape = batch_size * seq_len, (batch_size, seq_len)
+        shape = BatchShape(batch_size, seq_len)
+        if not self._shape.covers(shape):
+            self._shape = self._shape.joined(shape)
             self._planned_bytes = self.budget_bytes
             self._run_as(self._choose())
         if self.budget_bytes is None:
             return
+        if not any(seen.covers(shape) for seen in self._ran):
+            self._measure_too(shape)
         if not self._measured and self._num_updates >= _NUM_MEASURED_UPDATES:
             self._measured = True
-            self._settle(self.budget_bytes, torch.cuda.memory_reserved(self._streamer.device))
+            self._reserved_bytes = max(self._reserved_bytes, torch.cuda.memory_reserved(self._streamer.device))
+            self._settle(self.budget_bytes, self._reserved_bytes)
+
+    def _measure_too(self, shape: BatchShape) -> None:
+        """Has the peak of a shape counted before any layer is resident beside it."""
+        self._ran = [seen for seen in self._ran if not shape.covers(seen)] + [shape]
+        if self._measured:
+            self._measured = False
+            self._send_back()
+        self._num_updates = min(self._num_updates, _NUM_MEASURED_UPDATES - 1)
+
+    def _send_back(self) -> None:
+        """Takes every layer off the device."""
+        self._choices = replace(self._choices, resident_layers=())
+        self._apply(self._choices)
+        # Reserved memory then grows back to what the step needs; rare, and never inside a step.
+        torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a larger batch comes or a plan was too large
 
     def _choose(self) -> StepChoices:
         """How to run by the plan, with nothing resident."""
         try:
-            choices = self._plan(*self._shape, self._planned_bytes)
+            choices = self._plan(self._shape.batch_size, self._shape.seq_len, self._planned_bytes)
         except ValueError as error:
             if self._config.vram_budget != "auto":
                 raise
             warnings.warn(f"{error} Training goes on with what takes least.", stacklevel=2)
-            choices = self._plan(*self._shape, None)
+            choices = self._plan(self._shape.batch_size, self._shape.seq_len, None)
         return replace(choices, resident_layers=())
 
     def _run_as(self, choices: StepChoices) -> None:
         self._choices = choices
         self._num_updates, self._measured = 0, False
-        self._apply(choices)
-        # Reserved memory then grows back to what the step needs; rare, and never inside a step.
-        torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a longer batch comes or a plan was too large
+        self._ran, self._reserved_bytes = [], 0
+        self._send_back()
 
     def _settle(self, budget_bytes: int, reserved_bytes: int) -> None:
         """Fills what is left of the budget with layers, or plans again where nothing is left."""
@@ -166,7 +225,7 @@ class VramBudget:
         layers = self._streamer.streamable_layers
         if spare_bytes < 0:
             warnings.warn(
-                f"a step of {self._max_tokens} tokens takes {format_bytes(reserved_bytes)} of VRAM with every layer "
+                f"a step of {self._shape.batch_size} x {self._shape.seq_len} tokens takes {format_bytes(reserved_bytes)} of VRAM with every layer "
                 f"streamed, more than the budget of {format_bytes(budget_bytes)}. Use a smaller batch or shorter "
                 "sequences",
                 stacklevel=2,
@@ -190,7 +249,8 @@ class VramBudget:
         while choices == self._choices and self._planned_bytes > excess_bytes:
             self._planned_bytes -= excess_bytes
             try:
-                choices = replace(self._plan(*self._shape, self._planned_bytes), resident_layers=())
+                plan = self._plan(self._shape.batch_size, self._shape.seq_len, self._planned_bytes)
+                choices = replace(plan, resident_layers=())
             except ValueError:  # what takes least is running already
                 return False
         if choices == self._choices:
