@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hf_lema.choices import StepChoices
     from hf_lema.config import LemaConfig
     from hf_lema.export.merging import merge_and_save
+    from hf_lema.files.trainer_checkpoints import last_whole_checkpoint
     from hf_lema.measuring.telemetry import MemoryTelemetryCallback
     from hf_lema.planning.memory_plan import MemoryPlan
     from hf_lema.planning.planner import plan_memory
@@ -29,6 +30,7 @@ _HOMES = {
     "StepChoices": "hf_lema.choices",
     "StreamerStats": "hf_lema.runtime.streamer",
     "get_streamer": "hf_lema.wrapper",
+    "last_whole_checkpoint": "hf_lema.files.trainer_checkpoints",
     "merge_and_save": "hf_lema.export.merging",
     "plan_memory": "hf_lema.planning.planner",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "StepChoices",
     "StreamerStats",
     "get_streamer",
+    "last_whole_checkpoint",
     "merge_and_save",
     "plan_memory",
 ]

@@ -3,7 +3,9 @@
 A checkpoint is taken between two steps. An interrupt (Ctrl-C, SIGTERM) lets the step that runs end first; a second one
 does not wait. An error inside a step, out of memory among them, leaves the parameters as the last step left them, and
 the random state of that moment was noted, so the checkpoint is the one that would have been taken then. Only where the
-optimizer itself was cut off is nothing written: the last checkpoint of the Trainer's own schedule stands.
+optimizer itself was cut off is nothing written: the last checkpoint of the Trainer's own schedule stands. A checkpoint
+that was cut off itself (a full disk, an interrupt that does not wait) is taken away; one that a killed process left is
+taken away when the run goes on.
 
 Knows transformers' Trainer. Does not know the model, the data, or what the recipe measures.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import gc
 import random
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +25,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+from hf_lema import last_whole_checkpoint
+from hf_lema.files.trainer_checkpoints import torn_checkpoints
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full or failing disk becomes: written by Python, by torch, by safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +46,14 @@ class Stop:
         num_steps_done: Optimizer steps done.
         reason: In one line.
         error: What was raised; None after an interrupt that waited for the step's end.
+        save_error: Why the last step's end could not be kept; None where it could, or was not to be.
         checkpoint: Where it can go on; None where no step was finished and none was kept.
     """
 
     num_steps_done: int
     reason: str
     error: BaseException | None
+    save_error: BaseException | None
     checkpoint: Path | None
 
 
@@ -125,40 +135,59 @@ def train_or_keep(trainer: Trainer, *, resume: bool) -> Stop | None:
         ValueError: There is nothing to resume.
     """
     folder = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_whole_checkpoint(folder)
     if resume and last is None:
-        raise ValueError(f"--resume: there is no checkpoint in {folder}; leave it out to begin anew")
+        raise ValueError(f"--resume: there is no checkpoint in {folder} that is whole; leave it out to begin anew")
+    _remove_torn(folder)
     boundary = StepBoundary()
     trainer.add_callback(boundary)
     error: BaseException | None = None
     with boundary.listening():
         try:
             trainer.train(resume_from_checkpoint=last if resume else None)
-        except (KeyboardInterrupt, RuntimeError, MemoryError) as caught:
+        except (KeyboardInterrupt, MemoryError, *SAVE_ERRORS) as caught:
             error = caught.with_traceback(None)  # its frames hold the activations of the step
     num_steps_done = trainer.state.global_step
     if error is None and num_steps_done >= trainer.state.max_steps:
         return None
-    if error is not None:
-        _keep(trainer, boundary)
-    last = get_last_checkpoint(str(folder))
+    save_error = None if error is None else _keep(trainer, boundary)
+    last = last_whole_checkpoint(folder)
     reason = boundary.stop_reason or ""
     if error is not None:
         lines = str(error).splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"
     return Stop(
-        num_steps_done=num_steps_done, reason=reason, error=error, checkpoint=None if last is None else Path(last)
+        num_steps_done=num_steps_done,
+        reason=reason,
+        error=error,
+        save_error=save_error,
+        checkpoint=None if last is None else Path(last),
     )
 
 
-def _keep(trainer: Trainer, boundary: StepBoundary) -> None:
-    """Writes the checkpoint of the last step's end, unless the optimizer was cut off or no step had ended."""
+def _keep(trainer: Trainer, boundary: StepBoundary) -> BaseException | None:
+    """Writes the checkpoint of the last step's end, unless the optimizer was cut off or no step had ended.
+
+    Returns:
+        Why it could not be written; what was written of it is then taken away again.
+    """
     gc.collect()
-    if boundary.is_updating or not boundary.go_back_to_step_end():
-        return
-    trainer.model.zero_grad(set_to_none=True)
-    # The same call that Trainer makes on its schedule; there is no public one that keeps optimizer and random state.
-    trainer._save_checkpoint(trainer.model, trial=None)
+    folder = Path(trainer.args.output_dir)
+    try:
+        if not boundary.is_updating and boundary.go_back_to_step_end():
+            trainer.model.zero_grad(set_to_none=True)
+            # The same call that Trainer makes on its schedule; no public one keeps optimizer and random state.
+            trainer._save_checkpoint(trainer.model, trial=None)
+    except SAVE_ERRORS as error:
+        return error.with_traceback(None)
+    finally:
+        _remove_torn(folder)
+    return None
+
+
+def _remove_torn(folder: Path) -> None:
+    for path in torn_checkpoints(folder):
+        shutil.rmtree(path)
 
 
 def command_to_resume(script: str, options: Sequence[str]) -> str:
@@ -182,8 +211,10 @@ def report_stop(stop: Stop, num_steps: int, script: str, options: Sequence[str])
         RuntimeError: The error that ended the training, where it was neither an interrupt nor a lack of memory.
     """
     print(f"\nTraining stopped after step {stop.num_steps_done} of {num_steps}: {stop.reason}", flush=True)
+    if stop.save_error is not None:
+        print(f"Its end could not be kept: {type(stop.save_error).__name__}: {stop.save_error}")
     if stop.checkpoint is None:
-        print("No step was finished, so there is nothing to keep.")
+        print("No step was finished and kept, so there is nothing to go on from.")
     else:
         print(f"What was trained is kept in {stop.checkpoint}. To go on, bit for bit:")
         print(f"    {command_to_resume(script, options)}", flush=True)

@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "files/checkpoint": set(),
     "files/checkpoint_writer": {"torch"},
     "files/pack": {"torch"},
+    "files/trainer_checkpoints": set(),
     "runtime/schedule": set(),
     "runtime/events": {"torch"},
     "runtime/host_memory": {"torch", "psutil"},

@@ -21,6 +21,7 @@ PUBLIC_NAMES = {
     "StepChoices",
     "StreamerStats",
     "get_streamer",
+    "last_whole_checkpoint",
     "merge_and_save",
     "plan_memory",
 }

@@ -93,7 +93,7 @@ class FileSet:
         Raises:
             ValueError: The file is not in this set, its size is no longer what it was when indexed, or it ends early.
             FileNotFoundError: The file is gone.
-            OSError: The system refused to open or to read.
+            OSError: The system refused to open or to read; the message names the file and the place.
             RuntimeError: The set is closed.
         """
         with self._lock:
@@ -106,7 +106,7 @@ class FileSet:
         try:
             num_read = 0
             while num_read < len(out):
-                got = os.preadv(descriptor, [out[num_read:]], file_offset_bytes + num_read)
+                got = _preadv(path, descriptor, out[num_read:], file_offset_bytes + num_read)
                 if got == 0:
                     raise ValueError(
                         f"{path} ended early: wanted {len(out)} bytes at offset {file_offset_bytes}, got {num_read}. "
@@ -160,6 +160,19 @@ class FileSet:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _preadv(path: Path, descriptor: int, out: memoryview, file_offset_bytes: int) -> int:
+    try:
+        return os.preadv(descriptor, [out], file_offset_bytes)
+    except OSError as error:
+        # The system's own error for a descriptor names no file.
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno or 0)} at offset {file_offset_bytes}. The disk could not be read: copy the "
+            "model to another one, or fetch it again",
+            str(path),
+        ) from error
 
 
 def merge_spans(spans: Iterable[ReadSpan]) -> tuple[ReadSpan, ...]:

@@ -194,10 +194,18 @@ class ProxyState:
             self.reconcile()
         self.has_trained = self.has_trained or direction is Direction.BACKWARD
         self._was_visited = True
-        with self.streamer.lease(self.layer_idx, direction, expect_backward=expect_backward) as lent:
-            at_rest = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
-            with self.swapped(at_rest, [lent[tensor.name] for tensor in self.streamed]):
-                yield
+        try:
+            with self.streamer.lease(self.layer_idx, direction, expect_backward=expect_backward) as lent:
+                at_rest = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
+                with self.swapped(at_rest, [lent[tensor.name] for tensor in self.streamed]):
+                    yield
+        except torch.OutOfMemoryError as error:
+            # The same object: callers tell it by its type, and accelerate by its one argument too.
+            error.args = (
+                f"{error}\nIt was in the {direction.name.lower()} of layer {self.layer_idx}. Give a smaller vram_budget, "
+                "a smaller batch or shorter sequences, and resume from the last checkpoint",
+            )
+            raise
 
     @contextmanager
     def weights_at_rest(self) -> Iterator[None]:

@@ -47,6 +47,7 @@ class Prefetcher:
         self._copy_stream = CopyStream(device)  # owned
         self._wanted: list[int] = []
         self._error: BaseException | None = None
+        self._failed_layer = -1  # whose read ended in the error
         self._closing = False
         self._changed = threading.Condition()
         self.num_hits = 0
@@ -146,7 +147,11 @@ class Prefetcher:
 
     def _check_alive(self, layer_idx: int) -> None:
         if self._error is not None:
-            raise RuntimeError(f"the prefetch thread failed; layer {layer_idx} cannot be fetched") from self._error
+            raise RuntimeError(
+                f"the prefetch thread failed; layer {layer_idx} cannot be fetched. Reading layer {self._failed_layer} "
+                f"ended in {type(self._error).__name__}: {self._error}. Once that is mended, load the model again and "
+                "resume from the last checkpoint"
+            ) from self._error
         if self._closing:
             raise RuntimeError(f"layer {layer_idx} was asked for after close(); wrap the model again to use it")
 
@@ -185,7 +190,7 @@ class Prefetcher:
             except BaseException as error:  # noqa: BLE001 - carried to the training thread; `take` raises it
                 with self._changed:
                     self._pool.discard(fill[1])
-                    self._error = error
+                    self._error, self._failed_layer = error, fill[0]
                     self._changed.notify_all()
                 return
 

@@ -50,6 +50,14 @@ class Closeable(Protocol):
         """Gives them back. May be called any number of times."""
 
 
+class PageLocking(Closeable, Protocol):
+    """Whatever may hold page-locked memory."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked bytes held."""
+
+
 class LayerStreamer:
     """Lends the weights of decoder layers to their visits.
 
@@ -80,6 +88,7 @@ class LayerStreamer:
             pool = SlotPool(num_slots, self.layer_bytes, device)
             self._prefetcher = Prefetcher(pool, store, device)
         self._owned: list[Closeable] = [store]
+        self._page_locking: list[PageLocking] = [store]
         if self._prefetcher is not None:
             self._owned.insert(0, self._prefetcher)
         # A model that is dropped without close() must not leave its thread and page-locked memory behind.
@@ -105,6 +114,11 @@ class LayerStreamer:
     def streamed_bytes(self) -> int:
         """Bytes of the layers that are fetched at every visit."""
         return sum(self.host_store.layouts[i].nbytes for i in self._schedule.layers)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked bytes of everything that `close` gives back."""
+        return sum(resource.pinned_bytes for resource in self._page_locking)
 
     def transfers_per_step(self, lowest: int = 0) -> int:
         """Layer transfers that one training step makes once the sweep repeats: 2N less the reuse at the turns."""
@@ -224,9 +238,10 @@ class LayerStreamer:
         if self._prefetcher is not None and not self.closed:
             self._prefetcher.invalidate(layer_idx)
 
-    def own(self, resource: Closeable) -> None:
+    def own(self, resource: PageLocking) -> None:
         """Takes over something that is to be closed with the streamer, before what it was made from."""
         self._owned.insert(0, resource)
+        self._page_locking.append(resource)
 
     def close(self) -> None:
         """Ends the thread, gives back slots, page-locks and files. May be called any number of times.
