@@ -165,18 +165,12 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_plan(arguments: argparse.Namespace) -> Result:
-    import torch
-
     from hf_lema.config import LemaConfig
-    from hf_lema.planning.device_rates import find_rates, rates_of
+    from hf_lema.planning.device_rates import find_rates
     from hf_lema.planning.plan_table import compare_plans, comparison_as_dict, format_comparison
     from hf_lema.planning.step_cost import PlanOptions
     from hf_lema.units import parse_bytes
 
-    if arguments.card is None and torch.cuda.is_available():
-        rates = rates_of(torch.device("cuda", torch.cuda.current_device()))
-    else:
-        rates = find_rates(arguments.card or "T4")
     comparison = compare_plans(
         arguments.model,
         LemaConfig(vram_budget=arguments.vram_budget),
@@ -185,7 +179,7 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
         vram_bytes=None if arguments.vram is None else parse_bytes(arguments.vram),
         ram_bytes=None if arguments.ram is None else parse_bytes(arguments.ram),
         lora=arguments.lora_rank,
-        rates=rates,
+        rates=None if arguments.card is None else find_rates(arguments.card),
         options=PlanOptions(
             dtype=arguments.dtype,
             num_processes=arguments.num_processes,

@@ -156,6 +156,13 @@ def rates_of(device: torch.device) -> DeviceRates:
     )
 
 
+def rates_here() -> DeviceRates:
+    """Data-sheet rates of the current CUDA device, or of a T4 where there is none."""
+    if torch.cuda.is_available():
+        return rates_of(torch.device("cuda", torch.cuda.current_device()))
+    return DATA_SHEETS["T4"]
+
+
 def measure_rates(device: torch.device, disk_bytes_per_s: float = 1e9) -> DeviceRates:
     """Measures a CUDA device. Takes a few seconds and about 1.5 GiB; call it before anything is loaded.
 

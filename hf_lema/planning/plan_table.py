@@ -14,7 +14,7 @@ from typing import Any
 from peft import LoraConfig
 
 from hf_lema.config import LemaConfig
-from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
+from hf_lema.planning.device_rates import DeviceRates, rates_here
 from hf_lema.planning.memory_plan import MemoryPlan
 from hf_lema.planning.optimizers import OPTIMIZERS, OptimizerBytes, optimizer_bytes
 from hf_lema.planning.planner import Model, best_plan, stock_plan
@@ -72,13 +72,13 @@ def compare_plans(
         vram_bytes: The card's size; None for the one in ``rates``.
         ram_bytes: The machine's free RAM; None for this machine's.
         lora: Adapter, or its rank.
-        rates: Of the card; the data sheet's of an H100 if None.
+        rates: Of the card; the data sheet's of the one that is here if None, of a T4 where there is none.
         options: The rest.
 
     Raises:
         ValueError: The model cannot be planned, or a stated RAM budget holds nothing.
     """
-    rates, config = rates or DATA_SHEETS["H100"], config or LemaConfig()
+    rates, config = rates or rates_here(), config or LemaConfig()
     card_bytes = rates.vram_bytes if vram_bytes is None else vram_bytes
     options = replace(options or PlanOptions(), vram_bytes=card_bytes, ram_bytes=ram_bytes)
     limit_bytes = card_bytes - rates.context_bytes - HEAD_ROOM_BYTES

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from hf_lema.config import LemaConfig
 from hf_lema.model.outside import MIN_PIECE_BYTES
 from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
-from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates
+from hf_lema.planning.device_rates import DeviceRates, rates_here
 from hf_lema.planning.memory_plan import HostBytes, MemoryPlan, Place, StepTime
 from hf_lema.planning.meter import allocated_bytes
 from hf_lema.planning.rehearsal import PartCost
@@ -70,7 +70,7 @@ def plan_memory(
         batch_size: Sequences that one process trains on at a time.
         seq_len: Tokens of each.
         lora: Adapter for a model that has none: a configuration, the rank of one on all linear layers, or None.
-        rates: Of the card; the data sheet's of an H100 if None.
+        rates: Of the card; the data sheet's of the one that is here if None, of a T4 where there is none.
         options: The rest.
 
     Raises:
@@ -81,7 +81,7 @@ def plan_memory(
         options = replace(options, micro_batch_size=config.micro_batch_size)
     if config.quantization and options.quantization is None:
         options = replace(options, quantization=config.quantization, double_quantization=config.double_quantization)
-    cost = StepCost(model, batch_size, seq_len, lora, rates or DATA_SHEETS["H100"], options)
+    cost = StepCost(model, batch_size, seq_len, lora, rates or rates_here(), options)
     return best_plan(cost, config, options)
 
 
@@ -121,7 +121,7 @@ def plan_stock(
         is_checkpointed: Whether gradient checkpointing is on.
     """
     options = options or PlanOptions()
-    rates = rates or DATA_SHEETS["H100"]
+    rates = rates or rates_here()
     cost = StepCost(model, batch_size, seq_len, lora, rates, options, is_upcast=options.is_packed)
     return stock_plan(cost, is_checkpointed)
 

@@ -225,9 +225,9 @@ class VramBudget:
         layers = self._streamer.streamable_layers
         if spare_bytes < 0:
             warnings.warn(
-                f"a step of {self._shape.batch_size} x {self._shape.seq_len} tokens takes {format_bytes(reserved_bytes)} of VRAM with every layer "
-                f"streamed, more than the budget of {format_bytes(budget_bytes)}. Use a smaller batch or shorter "
-                "sequences",
+                f"a step of {self._shape.batch_size} x {self._shape.seq_len} tokens takes "
+                f"{format_bytes(reserved_bytes)} of VRAM with every layer streamed, more than the budget of "
+                f"{format_bytes(budget_bytes)}. Use a smaller batch or shorter sequences",
                 stacklevel=2,
             )
         num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))
