@@ -690,8 +690,11 @@ def test_training_goes_on_right_after_an_interrupt_while_waiting_for_a_layer() -
 
         def interrupt() -> None:
             entered.wait(20.0)
+            main = threading.main_thread().ident
+            while sys._current_frames()[main].f_code is not threading.Condition.wait.__code__:
+                time.sleep(0.01)  # on a busy machine it may be elsewhere for long, even where an exception is ignored
             time.sleep(0.3)  # the interpreter delivers no signal that comes just before a thread begins to wait
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(main, signal.SIGINT)
 
         thread = threading.Thread(target=interrupt, daemon=True)
         thread.start()

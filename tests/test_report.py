@@ -10,10 +10,12 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
+from hf_lema.reporting import plots
 from hf_lema.reporting.contender import ContenderResult, UseSample
 from hf_lema.reporting.curves import CURVE_RULE
 from hf_lema.reporting.plots import write_plots
@@ -425,6 +427,21 @@ def test_plateaus_cliffs_and_a_nearly_full_card_are_drawn(tmp_path: Path) -> Non
     assert [path.name for path in write_plots([stairs], tmp_path / "stairs")] == names
     for name in names[:2]:
         assert (tmp_path / "plain" / name).read_bytes() != (tmp_path / "stairs" / name).read_bytes()
+
+
+@needs_matplotlib
+def test_a_few_steps_have_their_median_drawn_and_a_loss_curve_counts_whole_steps(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    few = [result("peft", num_steps=4, loss=[3.0, 2.0, 1.0, 1.5], step_s=[9.0, 9.0, 1.0, 1.2])]
+    assert step_median_and_spread_s(few[0]) is None
+    axes = Figure().add_subplot()
+    assert plots._draw_step_time(axes, few)
+    (bar,) = [line for line in axes.lines if line.get_marker() == "None"]
+    assert list(bar.get_xdata()) == [median(few[0].timed_step_s)] * 2
+    axes = Figure().add_subplot()
+    assert plots._draw_loss(axes, few)
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 @needs_matplotlib

@@ -12,7 +12,9 @@ from models import (
     NUM_LAYERS,
     ORDERS,
     PEFT_THEN_WRAP,
+    SEQ_LEN,
     STOCK,
+    VOCAB_SIZE,
     WRAP_THEN_PEFT,
     RecordingTrainer,
     arguments,
@@ -264,6 +266,144 @@ def test_predictions_of_a_chunked_loss_are_those_of_the_resident_model(bf16: boo
     losses = [p.metrics["test_loss"] for p, _ in results]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     torch.testing.assert_close(results[1][1].losses, results[0][1].losses, rtol=1e-4, atol=0.0)
+
+
+def _metrics(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"sum": float(logits.sum(dtype="float64")), "size": float(logits.size)}
+
+
+def _best_tokens(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    best: torch.Tensor = (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+    assert best.shape == labels.shape
+    return best
+
+
+METRICS: dict[str, dict[str, Any]] = {
+    "logits": {"compute_metrics": _metrics},
+    "best tokens": {"compute_metrics": _metrics, "preprocess_logits_for_metrics": _best_tokens},
+}
+
+
+@pytest.mark.parametrize("hooks", METRICS)
+def test_metrics_get_their_logits_although_the_loss_is_chunked(hooks: str, tmp_path: Path) -> None:
+    found = []
+    for order in (STOCK, WRAP_THEN_PEFT):
+        with closing(prepare(order)) as model:
+            if order != STOCK:
+                cut_loss(model)
+            trainer = Trainer(model=model, args=arguments(tmp_path), eval_dataset=examples(4, seed=9), **METRICS[hooks])
+            found.append(trainer.evaluate())
+    expected, chunked = found
+    assert expected["eval_size"] == 4 * SEQ_LEN * (VOCAB_SIZE if hooks == "logits" else 1)
+    assert chunked["eval_sum"] == expected["eval_sum"]
+    assert chunked["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+
+
+def test_evaluation_without_metrics_makes_no_full_logits(tmp_path: Path) -> None:
+    with closing(prepare(WRAP_THEN_PEFT)) as model:
+        cut_loss(model)
+        num_rows: list[int] = []
+        model.get_base_model().lm_head.register_forward_hook(
+            lambda _module, args, _output: num_rows.append(args[0].shape[:-1].numel())
+        )
+        Trainer(model=model, args=arguments(tmp_path), eval_dataset=examples(4, seed=9)).evaluate()
+    assert len(num_rows) > 2 * 2 * SEQ_LEN // 8
+    # What the check of the model's loss looks at, once, is no more than the first row.
+    assert max(num_rows[3:]) == 8
+
+
+class _OwnLoss(RecordingTrainer):
+    """A user's loss that looks at the logits beside the model's own loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        logits = outputs.logits if hasattr(outputs, "logits") else outputs[1]
+        loss = outputs.loss + 0.1 * logits.float().logsumexp(-1).pow(2).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def _loss_of_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """For Trainer's ``compute_loss_func``."""
+    loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    return loss if num_items_in_batch is None else loss / 2
+
+
+OWN_LOSSES: dict[str, tuple[type[RecordingTrainer], dict[str, Any], dict[str, Any]]] = {
+    "compute_loss": (_OwnLoss, {}, {}),
+    "compute_loss_func": (RecordingTrainer, {"compute_loss_func": _loss_of_logits}, {}),
+    "label smoothing": (RecordingTrainer, {}, {"label_smoothing_factor": 0.1}),
+}
+
+
+@pytest.mark.parametrize("how", OWN_LOSSES)
+def test_a_loss_that_wants_logits_gets_them_and_trains_as_on_the_resident_model(how: str, tmp_path: Path) -> None:
+    trainer_class, hooks, settings = OWN_LOSSES[how]
+    runs = []
+    for order in (STOCK, WRAP_THEN_PEFT):
+        with closing(prepare(order)) as model:
+            if order != STOCK:
+                cut_loss(model)
+            args = arguments(tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=order == STOCK, **settings)
+            trainer = trainer_class(model=model, args=args, train_dataset=examples(), **hooks)
+            trainer.train()
+            runs.append(trainer.trajectory())
+    if how == "compute_loss":  # its first part is still the chunked loss
+        torch.testing.assert_close(runs[1].losses, runs[0].losses, rtol=1e-4, atol=0.0)
+    else:
+        assert_same_run(runs[1], runs[0])
+
+
+def test_a_batch_of_32_in_micro_batches_is_accumulation_with_an_eighth_of_the_bytes(tmp_path: Path) -> None:
+    """32 sequences a step with ``micro_batch_size=4`` against 4 x 8 accumulated, each batch padded to its own longest."""
+
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        lengths = [3 + int(row["input_ids"][0]) % (SEQ_LEN - 3) for row in rows]
+        made = {name: torch.zeros(len(rows), max(lengths), dtype=torch.long) for name in rows[0]}
+        made["labels"][:] = -100
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            for name in made:
+                made[name][i, :length] = row[name][:length]
+        widths.append(max(lengths))
+        return made
+
+    def run(batch_size: int, accumulation: int, micro_batch_size: int) -> tuple[Any, int]:
+        model = prepare(
+            WRAP_THEN_PEFT,
+            peft_config=lora(lora_dropout=0.0),
+            config=LemaConfig(micro_batch_size=micro_batch_size),
+        )
+        with closing(model):
+            settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+            trainers = [
+                RecordingTrainer(
+                    model=model,
+                    args=arguments(tmp_path, max_steps=2, learning_rate=1e-3, **settings),
+                    train_dataset=examples(64),
+                    data_collator=collate,
+                )
+                for _ in range(2)
+            ]
+            trainers[0].train()
+            before = settled_bytes(model)
+            trainers[1].train()
+            return trainers[0].trajectory(), settled_bytes(model) - before
+
+    widths: list[int] = []
+    large, num_large_bytes = run(32, 1, 4)
+    assert len(set(widths)) == 1, "a batch of 32 is as long as the longest of all"
+    widths.clear()
+    accumulated, num_accumulated_bytes = run(4, 8, 0)
+    assert len(set(widths)) > 2, "micro-batches of different length"
+    assert num_accumulated_bytes == 8 * num_large_bytes > 0
+    # What Trainer logs is the loss of the whole batch over its number of labels, in both.
+    for found, expected in zip(large.logs, accumulated.logs, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    begin = trainables(prepare(STOCK, peft_config=lora(lora_dropout=0.0)))
+    for name, expected in accumulated.trainables.items():
+        # AdamW divides by the size of the gradient: a bound on the whole update, not on every number.
+        assert (large.trainables[name] - expected).norm() <= 1e-3 * (expected - begin[name]).norm(), name
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from hf_lema.reporting.contender import ContenderResult
@@ -83,6 +84,7 @@ def _draw_loss(axes: Axes, results: Sequence[ContenderResult]) -> bool:
     _finish(
         axes, "Training loss (thin: linear fit, band: plateau, bar: cliff)", "Optimizer step", "Loss (nats per token)"
     )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return any(result.loss for result in results)
 
 
@@ -165,11 +167,11 @@ def _draw_step_time(axes: Axes, results: Sequence[ContenderResult]) -> bool:
         heights = [row + 0.04 * ((step * 7) % 11 - 5) for step in range(len(times_s))]
         marker = _MARKERS[idx % len(_MARKERS)]
         axes.plot(times_s, heights, linestyle="none", marker=marker, markersize=4, color=_colour(idx), alpha=0.5)
-        summary = step_median_and_spread_s(result)
+        axes.plot([median(times_s)] * 2, [row - 0.34, row + 0.34], color=_colour(idx), linewidth=2.5)
+        label += f"\nmedian {median(times_s):.3f} s"
+        summary = step_median_and_spread_s(result)  # from a few steps there is no spread to tell
         if summary is not None:
-            median_s, spread_s = summary
-            axes.plot([median_s, median_s], [row - 0.34, row + 0.34], color=_colour(idx), linewidth=2.5)
-            label += f"\nmedian {median_s:.3f} s\nspread {spread_s:.3f} s"
+            label += f"\nspread {summary[1]:.3f} s"
         labels.append(label)
     axes.set_yticks(range(len(timed)), labels)
     axes.set_ylim(len(timed) - 0.5, -0.5)
