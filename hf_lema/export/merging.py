@@ -81,6 +81,7 @@ def merge_and_save(
     max_shard_size: int | str = "5GB",
     push_to_hub: str | None = None,
     trust_remote_code: bool = False,
+    adapter_revision: str | None = None,
     **kwargs: Any,
 ) -> MergedCheckpoint:
     """Merge a PEFT adapter into its base model and save the result as a checkpoint that stock transformers loads.
@@ -101,7 +102,9 @@ def merge_and_save(
         max_shard_size: Bytes, or text such as ``"5GB"``: where a new file begins.
         push_to_hub: Id of a model repository to upload the finished folder to; it is made if it does not exist.
         trust_remote_code: Whether to run model code that comes with the base.
-        **kwargs: Where on the hub, as for ``from_pretrained``: ``revision`` (of the base), ``token``, ``cache_dir``,
+        adapter_revision: Branch, tag or commit of the adapter on the hub.
+        **kwargs: Where on the hub, as for ``from_pretrained``: ``revision`` (of the base; where the base is None, by
+            default the one that the adapter's configuration names), ``token``, ``cache_dir``,
             ``local_files_only``; and what `build_skeleton` takes beside them.
 
     Returns:
@@ -119,9 +122,11 @@ def merge_and_save(
     refuse_occupied(output)
     max_shard_bytes = parse_bytes(max_shard_size)
     hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
-    files = find_adapter(adapter, **hub)
+    files = find_adapter(adapter, **hub, **({} if adapter_revision is None else {"revision": adapter_revision}))
     if base is None and files.base_name is None:
         raise ValueError(f"{adapter} does not say which model it was trained on: give the base model")
+    if base is None and files.base_revision is not None:
+        kwargs.setdefault("revision", files.base_revision)
     api = HfApi(token=kwargs.get("token"))
     if push_to_hub is not None:  # before the work: a wrong name or a missing login shows now
         api.create_repo(push_to_hub, exist_ok=True)

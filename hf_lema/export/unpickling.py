@@ -6,7 +6,6 @@ of the package opens a pickled file, and nothing but the user's own command lead
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -19,8 +18,9 @@ from huggingface_hub import snapshot_download
 from transformers.utils.logging import tqdm
 
 from hf_lema.export.companion_files import GENERATION_FILE, TOKENIZER_FILES, find_files
-from hf_lema.files.checkpoint import INDEX_NAME, SINGLE_NAME
+from hf_lema.files.checkpoint import INDEX_NAME, SINGLE_NAME, read_weight_map
 from hf_lema.files.checkpoint_writer import CheckpointWriter, plan_checkpoint
+from hf_lema.files.foreign_json import shown
 from hf_lema.files.staging import StagedFolder, refuse_occupied
 from hf_lema.model.layer_tensors import cast_checked
 from hf_lema.model.locating import parse_dtype
@@ -126,8 +126,7 @@ def _pickled_files(folder: Path) -> list[Path]:
         return [folder / PICKLE_NAME]
     if not (folder / PICKLE_INDEX_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds neither {PICKLE_NAME} nor {PICKLE_INDEX_NAME}")
-    index = json.loads((folder / PICKLE_INDEX_NAME).read_text(encoding="utf-8"))
-    names = sorted({Path(name).name for name in index["weight_map"].values()})
+    names = sorted(set(read_weight_map(folder / PICKLE_INDEX_NAME).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -141,11 +140,27 @@ def _mapped(path: Path) -> Mapping[str, torch.Tensor]:
     """The tensors of one file, mapped."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    # A damaged file fails wherever the unpickler happens to be: in an archive, an opcode, a tensor's own arguments.
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ValueError(
             f"{path} cannot be opened safely: {error}\nExpected a file of tensors alone, saved by torch 1.6 or later"
         ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}. Expected a state dict")
     others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise ValueError(f"{path} holds entries that are no tensors: {', '.join(others)}. Expected a state dict")
+        raise ValueError(
+            f"{path} holds entries that are no tensors: {shown(', '.join(others), 2000)}. Expected a state dict"
+        )
     return dict(loaded)

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from hf_lema.files.file_set import FileSet, ReadSpan, merge_spans, read_spans_into
+from hf_lema.files.foreign_json import MAX_LISTED, listing, parse_json, shown
 from hf_lema.files.layout import ALIGNMENT, LayerLayout, PackedMatrix, TensorSpec, align_up, make_layout, tensor_nbytes
-from hf_lema.files.safetensors_header import DTYPE_NAMES, DTYPES, SafetensorsHeader, TensorLocation, read_header
+from hf_lema.files.safetensors_header import (
+    DTYPE_NAMES,
+    DTYPES,
+    MAX_HEADER_BYTES,
+    SafetensorsHeader,
+    TensorLocation,
+    read_header,
+)
 
 __all__ = [
     "ALIGNMENT",
@@ -39,6 +48,7 @@ __all__ = [
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_NAME_BYTES = 255  # Linux takes no longer name of a file
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _NEVER_OPENED = "Pickled files are never opened here: they can run code"
@@ -82,13 +92,13 @@ class CheckpointIndex:
         if (folder / SINGLE_NAME).is_file():
             return cls._join(folder, [SINGLE_NAME], None)
         if (folder / INDEX_NAME).is_file():
-            weight_map = _read_weight_map(folder / INDEX_NAME)
+            weight_map = read_weight_map(folder / INDEX_NAME)
             names = sorted(set(weight_map.values()))
-            missing = [name for name in names if not (folder / name).is_file()]
+            missing = [shown(name) for name in names if not (folder / name).is_file()]
             if missing:
                 raise FileNotFoundError(
                     f"{folder / INDEX_NAME} names {len(names)} shards, missing are {len(missing)}: "
-                    f"{', '.join(missing)}. Fetch the checkpoint again"
+                    f"{shown(', '.join(missing), 2000)}. Fetch the checkpoint again"
                 )
             return cls._join(folder, names, weight_map)
         return cls._join(folder, [_single_file(folder)], None)
@@ -102,17 +112,17 @@ class CheckpointIndex:
         for header in headers:
             for name, location in header.tensors.items():
                 if name in tensors:
-                    problems.append(f"tensor {name!r} is in two shards: {tensors[name].path} and {location.path}")
+                    paths = f"{tensors[name].path} and {location.path}"
+                    problems.append(f"tensor {shown(name)!r} is in two shards: {paths}")
                 tensors[name] = location
         if weight_map is not None and not problems:
             problems = [
-                f"tensor {name!r} is not in {shard}, where {INDEX_NAME} expects it"
+                f"tensor {shown(name)!r} is not in {shard}, where {INDEX_NAME} expects it"
                 for name, shard in weight_map.items()
                 if name not in tensors or tensors[name].path != folder / shard
             ]
         if problems:
-            listed = "".join(f"\n- {problem}" for problem in problems)
-            raise ValueError(f"the checkpoint in {folder} cannot be used:{listed}")
+            raise ValueError(f"the checkpoint in {folder} cannot be used:{listing(problems, max_chars=20_000)}")
         metadata = {key: text for header in headers for key, text in header.metadata.items()}
         return cls(folder=folder, headers=tuple(headers), tensors=tensors, metadata=metadata)
 
@@ -167,29 +177,51 @@ def _try_header(path: Path) -> SafetensorsHeader | str:
         return str(error)
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """Read which shard holds which tensor; refuse an index that leads out of its folder."""
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read which shard holds which tensor; refuse an index that leads out of its folder.
+
+    Args:
+        path: An index as transformers writes it, of safetensors or of other files.
+
+    Returns:
+        Name of the tensor -> name of its file, relative to the index.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such index, or names files outside its folder.
+    """
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise ValueError(f"{path} has more than {MAX_HEADER_BYTES} bytes: it is no index. Fetch it again")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        index, repeated = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON text: {error}. Fetch it again") from error
+    if repeated:
+        names = ", ".join(repr(shown(name)) for name in repeated[:MAX_LISTED])
+        raise ValueError(f"{path} names {len(repeated)} entries more than once: {names}. Fetch it again")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise ValueError(f"{path} has no 'weight_map' of tensor names to file names. Fetch it again")
-    # A link inside the folder may lead out of it: that is how the hub's cache stores files.
-    outside = sorted(
-        {
-            name
-            for name in weight_map.values()
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name or not name
-        }
-    )
+    # A link inside the folder may lead out of it: that is how the hub's cache stores files. An index cannot make one.
+    outside = sorted({name for name in weight_map.values() if not _stays_inside(name)})
     if outside:
+        names = ", ".join(repr(shown(name)) for name in outside[:MAX_LISTED])
         raise ValueError(
-            f"{path} names files outside its folder: {', '.join(map(repr, outside))}. Expected plain file names. "
+            f"{path} names {len(outside)} files outside its folder: {names}. Expected plain file names. "
             "Do not trust this checkpoint"
         )
     return weight_map
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name is one that a file in the folder, or below it, can have."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    path = PurePosixPath(name)
+    is_inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return is_inside and b"\0" not in encoded and len(encoded) <= _MAX_NAME_BYTES
 
 
 def _single_file(folder: Path) -> str:

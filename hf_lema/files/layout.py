@@ -49,6 +49,11 @@ class TensorSpec:
 BLOCK_VALUES: int = 64
 """Values that share one absmax: bitsandbytes' default, and what transformers always asks of it."""
 
+BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Values that can share one absmax; bitsandbytes has kernels for these."""
+
+QUANT_TYPES: tuple[str, ...] = ("nf4", "fp4")
+
 NESTED_BLOCK_VALUES: int = 256
 """Absmax values that share one scale under double quantization. bitsandbytes' kernels know no other."""
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,7 +38,9 @@ from hf_lema.files.checkpoint import (
     make_layout,
     read_header,
 )
-from hf_lema.files.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
+from hf_lema.files.foreign_json import described, parse_json, shown
+from hf_lema.files.layout import BLOCK_SIZES, QUANT_TYPES
+from hf_lema.files.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, dense_nbytes, is_shape
 from hf_lema.files.staging import partial_path, remove_stale_partials, require_disk_space, sync
 
 if TYPE_CHECKING:
@@ -96,18 +98,19 @@ def open_pack(path: str | Path) -> PackIndex:
     header = read_header(path)
     found_format, found_version = header.metadata.get("format"), header.metadata.get("version")
     if found_format != PACK_FORMAT:
-        raise ValueError(f"{path} is no pack: its format is {found_format!r}, expected {PACK_FORMAT!r}")
+        raise ValueError(f"{path} is no pack: its format is {shown(described(found_format))}, expected {PACK_FORMAT!r}")
     if found_version != PACK_VERSION:
         raise ValueError(
-            f"{path} is a pack of version {found_version!r}, this release reads version {PACK_VERSION!r}. Delete it: "
-            "it is written again when needed"
+            f"{path} is a pack of version {shown(described(found_version))}, this release reads version "
+            f"{PACK_VERSION!r}. Delete it: it is written again when needed"
         )
     try:
         layouts = _layouts_from_json(header.metadata["layouts"])
         texts = {name: header.metadata[name] for name in ("source_identity", "source_files", "dtype", "made_with")}
-    except (KeyError, TypeError, ValueError) as error:
+        _check_source_files(texts["source_files"])
+    except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{path}: the pack's metadata is damaged ({error!r}). Delete it: it is written again"
+            f"{path}: the pack's metadata is damaged ({shown(described(error), 500)}). Delete it: it is written again"
         ) from error
     return PackIndex(
         path=path,
@@ -123,8 +126,8 @@ def _layer_spans(header: SafetensorsHeader, layouts: Sequence[LayerLayout]) -> t
     found = {name: location.nbytes for name, location in header.tensors.items()}
     if wanted != found:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        described = ", ".join(f"{name}: {found.get(name)} bytes, expected {wanted.get(name)}" for name in wrong)
-        raise ValueError(f"{header.path}: the pack's layers do not fit its layouts ({described}). Delete it")
+        listed = ", ".join(f"{name}: {found.get(name)} bytes, expected {wanted.get(name)}" for name in wrong)
+        raise ValueError(f"{header.path}: the pack's layers do not fit its layouts ({shown(listed, 2000)}). Delete it")
     return tuple(
         (
             ReadSpan(
@@ -164,28 +167,68 @@ def layouts_to_json(layouts: Sequence[LayerLayout]) -> str:
 
 
 def _layouts_from_json(text: str) -> tuple[LayerLayout, ...]:
-    return tuple(
-        make_layout(
-            layer_idx,
-            {name: (shape, DTYPES[dtype]) for name, dtype, shape in tensors},
-            [_packed_from_json(*fields) for fields in packed],
-        )
-        for layer_idx, tensors, packed in json.loads(text)
-    )
+    """Read layouts; every number is checked before anything is computed from it.
+
+    Raises:
+        ValueError: They are not as `layouts_to_json` writes them.
+    """
+    layers, repeated = parse_json(text)
+    if repeated or not isinstance(layers, list):
+        raise ValueError("its layouts are no list of layers")
+    layouts = tuple(_layout_from_json(layer) for layer in layers)
+    if len({layout.layer_idx for layout in layouts}) < len(layouts):
+        raise ValueError("a layer has two layouts")
+    return layouts
 
 
-def _packed_from_json(
-    name: str, dtype: str, shape: Sequence[int], is_nested: bool, quant_type: str, block_values: int
-) -> PackedMatrix:
+def _layout_from_json(layer: object) -> LayerLayout:
+    layer_idx, tensors, packed = _fields(layer, int, list, list)
+    specs: dict[str, tuple[Sequence[int], torch.dtype]] = {}
+    for tensor in tensors:
+        name, dtype, shape = _fields(tensor, str, str, list)
+        specs[name] = (shape, _dtype(dtype, shape))
+    if len(specs) < len(tensors):
+        raise ValueError(f"layer {layer_idx} has two tensors of one name")
+    return make_layout(layer_idx, specs, [_packed_from_json(matrix) for matrix in packed])
+
+
+def _packed_from_json(matrix: object) -> PackedMatrix:
+    name, dtype, shape, is_nested, quant_type, block_values = _fields(matrix, str, str, list, bool, str, int)
+    of = _dtype(dtype, shape)
+    if len(shape) != 2 or quant_type not in QUANT_TYPES or block_values not in BLOCK_SIZES:
+        raise ValueError(f"{shown(name)} is packed as {shown([shape, quant_type, block_values])}")
     out_features, in_features = shape
     return PackedMatrix(
         name=name,
         shape=(out_features, in_features),
-        dtype=DTYPES[dtype],
+        dtype=of,
         is_nested=is_nested,
         quant_type=quant_type,
         block_values=block_values,
     )
+
+
+def _fields(values: object, *types: type) -> list[Any]:
+    """A list of exactly these types: to Python ``True`` is an int, to a pack it is not."""
+    if not isinstance(values, list) or [type(value) for value in values] != list(types):
+        raise ValueError(f"{shown(values)}, expected {', '.join(kind.__name__ for kind in types)}")
+    return values
+
+
+def _dtype(name: str, shape: Sequence[int]) -> torch.dtype:
+    """The dtype of a tensor of this shape, if there can be one."""
+    if name not in DTYPES or not is_shape(shape) or dense_nbytes(shape, DTYPES[name].itemsize) is None:
+        raise ValueError(f"a tensor of {shown(name)} with the shape {shown(shape)}")
+    return DTYPES[name]
+
+
+def _check_source_files(text: str) -> None:
+    """See that it is what `CheckpointIndex.fingerprint` gives."""
+    files, _ = parse_json(text)
+    if not isinstance(files, list):
+        raise ValueError("its source_files are no list")
+    for file in files:
+        _fields(file, str, int, str, str)
 
 
 class PackWriter:

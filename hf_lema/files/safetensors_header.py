@@ -8,20 +8,26 @@ is later read by position. Knows nothing of shards, models or layers.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_lema.files.layout import tensor_nbytes
+from hf_lema.files.foreign_json import described, listing, parse_json, shown
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's own limit."""
 
 LENGTH_BYTES = 8
+
+MAX_DIMS = 64
+"""Dimensions of a tensor; torch and numpy stop there, too."""
+
+MAX_SIZE = 2**63 - 1
+"""Of a dimension, an offset or a file: what the system can address, and what keeps every sum here a small number."""
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -95,9 +101,12 @@ def read_header(path: Path) -> SafetensorsHeader:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no valid safetensors file; the message lists everything that is wrong with it.
+        ValueError: It is no regular file, or no valid safetensors file; the message lists what is wrong with it.
     """
-    nbytes = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
+        raise ValueError(f"{path} is {_kind_of(found.st_mode)}, expected a safetensors file")
+    nbytes = found.st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if nbytes < LENGTH_BYTES or header_bytes > min(nbytes - LENGTH_BYTES, MAX_HEADER_BYTES):
@@ -113,47 +122,64 @@ def read_header(path: Path) -> SafetensorsHeader:
     for name, entry in entries.items():
         location, problem = _locate(entry, path, data_offset_bytes)
         if location is None:
-            problems.append(f"tensor {name!r}: {problem}")
+            problems.append(f"tensor {shown(name)!r}: {problem}")
         else:
             tensors[name] = location
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset_bytes, item[1].nbytes)))
     if not problems:
         problems = _coverage_problems(tensors, data_offset_bytes, nbytes)
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"{path} is no valid safetensors file:{listed}\nFetch or save it again")
+        raise ValueError(f"{path} is no valid safetensors file:{listing(problems, '  ')}\nFetch or save it again")
     return SafetensorsHeader(
         path=path, nbytes=nbytes, metadata=metadata, tensors=tensors, sha256=hashlib.sha256(raw).hexdigest()
     )
 
 
+def _kind_of(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def _parse(raw: bytes) -> tuple[dict[str, str], dict[str, Any], list[str]]:
     """Split the JSON text into metadata and tensor entries; the third item says what is wrong."""
-    repeated: list[str] = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated.extend(sorted({name for name in names if names.count(name) > 1}))
-        return found
-
     try:
-        header = json.loads(raw, object_pairs_hook=collect)
-    except (ValueError, RecursionError) as error:
+        header, repeated = parse_json(raw)
+    except ValueError as error:
         return {}, {}, [f"its header is no JSON text: {error}"]
     if not isinstance(header, dict):
         return {}, {}, [f"its header is a JSON {type(header).__name__}, expected an object"]
-    problems = [f"its header names {name!r} more than once" for name in repeated]
+    problems = [f"its header names {shown(name)!r} more than once" for name in repeated]
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        problems.append(f"its __metadata__ is no table of texts: {str(metadata)[:80]}")
+        problems.append(f"its __metadata__ is no table of texts: {shown(metadata)}")
         metadata = {}
     return metadata, header, problems
 
 
 def _is_size(number: object) -> bool:
-    return type(number) is int and number >= 0
+    return type(number) is int and 0 <= number <= MAX_SIZE
+
+
+def dense_nbytes(shape: Sequence[int], itemsize: int) -> int | None:
+    """Bytes of a dense tensor; None if they are more than a file can have.
+
+    Args:
+        shape: Sizes of its dimensions, each at most `MAX_SIZE`.
+        itemsize: Bytes of an element.
+    """
+    if 0 in shape:
+        return 0
+    nbytes = itemsize
+    for size in shape:
+        nbytes *= size
+        if nbytes > MAX_SIZE:
+            return None
+    return nbytes
+
+
+def is_shape(shape: object) -> bool:
+    """Whether a JSON value is a list of sizes that a tensor can have."""
+    return isinstance(shape, list) and len(shape) <= MAX_DIMS and all(_is_size(size) for size in shape)
 
 
 def _locate(entry: object, path: Path, data_offset_bytes: int) -> tuple[TensorLocation | None, str]:
@@ -163,15 +189,16 @@ def _locate(entry: object, path: Path, data_offset_bytes: int) -> tuple[TensorLo
     dtype_name, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
-        return None, f"unknown dtype {dtype_name!r}, expected one of {', '.join(DTYPES)}"
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        return None, f"shape {shape!r}, expected a list of sizes"
+        return None, f"unknown dtype {shown(described(dtype_name))}, expected one of {', '.join(DTYPES)}"
+    if not isinstance(shape, list) or not is_shape(shape):
+        return None, f"shape {shown(described(shape))}, expected a list of at most {MAX_DIMS} sizes"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        return None, f"data_offsets {offsets!r}, expected [begin, end]"
+        return None, f"data_offsets {shown(described(offsets))}, expected [begin, end]"
     begin, end = offsets
-    nbytes = tensor_nbytes(shape, dtype)
-    if end - begin != nbytes:
-        return None, f"data_offsets {offsets} hold {end - begin} bytes, {dtype_name} of shape {shape} needs {nbytes}"
+    nbytes = dense_nbytes(shape, dtype.itemsize)
+    if nbytes is None or end - begin != nbytes:
+        needed = "more than any file has" if nbytes is None else str(nbytes)
+        return None, f"data_offsets {offsets} hold {end - begin} bytes, {dtype_name} of shape {shape} needs {needed}"
     offset_bytes = data_offset_bytes + begin
     return TensorLocation(path=path, offset_bytes=offset_bytes, nbytes=nbytes, shape=tuple(shape), dtype=dtype), ""
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,37 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from hf_lema.files.foreign_json import listing, parse_json, shown
 from hf_lema.files.safetensors_header import read_header
 from hf_lema.model.conversion import transformers_at_least
 from hf_lema.model.layer_tensors import cast_checked
+from hf_lema.runtime.host_memory import available_host_bytes
+from hf_lema.units import MIB, format_bytes
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _ADAPTER = "default"  # the name that PEFT itself gives
+_MAX_CONFIG_BYTES = 64 * MIB
+
+# What PEFT raises where a configuration or a tensor is not what it takes for granted.
+_PEFT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    re.error,
+)
 
 # What a LoRA adapter may have been initialised with: what leaves the base as it is, and what subtracts from the base
 # that which it puts into the adapter, with PEFT's own method that does so.
@@ -52,11 +72,13 @@ class AdapterFiles:
         name: Folder or hub id, as given.
         folder: Where its files are.
         base_name: The base model that its configuration names, or None.
+        base_revision: The revision of that model that its configuration names, or None.
     """
 
     name: str
     folder: Path
     base_name: str | None
+    base_revision: str | None
 
 
 def find_adapter(name_or_path: str | Path, **hub: Any) -> AdapterFiles:
@@ -64,11 +86,11 @@ def find_adapter(name_or_path: str | Path, **hub: Any) -> AdapterFiles:
 
     Args:
         name_or_path: A folder that ``PeftModel.save_pretrained`` wrote, or a hub id.
-        **hub: ``token``, ``cache_dir``, ``local_files_only``.
+        **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
         FileNotFoundError: It has no configuration or no safetensors file.
-        ValueError: Its safetensors file is damaged or cut.
+        ValueError: Its configuration or its safetensors file is damaged or cut.
         OSError: It cannot be fetched.
     """
     name = str(name_or_path)
@@ -90,14 +112,51 @@ def find_adapter(name_or_path: str | Path, **hub: Any) -> AdapterFiles:
         )
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS_NAME}, {why if pickled else 'was the adapter saved?'}")
     read_header(folder / WEIGHTS_NAME)
-    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    return AdapterFiles(name=name, folder=folder, base_name=base_name or None)
+    _check_config(folder / CONFIG_NAME)
+    with _named(f"{folder / CONFIG_NAME} is no configuration that PEFT can read"):
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    base = {"name": config.base_model_name_or_path, "revision": config.revision}
+    if wrong := {key: value for key, value in base.items() if value is not None and not isinstance(value, str)}:
+        raise ValueError(f"{folder / CONFIG_NAME}: the base model's {shown(wrong)}, expected text")
+    return AdapterFiles(
+        name=name, folder=folder, base_name=base["name"] or None, base_revision=base["revision"] or None
+    )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Has an error of PEFT say which adapter it is about."""
+    try:
+        yield
+    except _PEFT_ERRORS as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {shown(str(error), 2000)}") from error
+
+
+def _check_config(path: Path) -> None:
+    """See that a configuration is an object whose entries PEFT may act on.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {format_bytes(path.stat().st_size)}: it is no adapter's configuration")
+    try:
+        config, repeated = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON text: {error}. Fetch or save the adapter again") from error
+    if not isinstance(config, dict) or repeated:
+        why = f"names {shown(', '.join(repeated))} more than once" if repeated else f"is a {type(config).__name__}"
+        raise ValueError(f"{path}: the configuration {why}, expected an object. Fetch or save the adapter again")
+    if config.get("megatron_config") is not None:
+        # PEFT then imports the module that `megatron_core` names, whatever that is.
+        raise ValueError(f"{path} is of an adapter for Megatron (megatron_config), which is never merged here")
 
 
 def _load_config(files: AdapterFiles) -> tuple[Any, str | None]:
     """The adapter's configuration for a model on meta, and PEFT's method that changes the base, if there is one."""
-    config: Any = PeftConfig.from_pretrained(str(files.folder))
-    values = config.to_dict()
+    with _named(f"{files.folder / CONFIG_NAME} is no configuration that PEFT can read"):
+        config: Any = PeftConfig.from_pretrained(str(files.folder))
+        values = config.to_dict()
     if config.is_prompt_learning:
         raise ValueError(f"{files.name} is a {config.peft_type.value} adapter: it changes the input, not the weights")
     if values.get("layer_replication"):
@@ -143,21 +202,24 @@ class AdapterOnMeta:
         renames: Any = None
         if not transformers_at_least("5"):  # as PEFT itself does; may go with support for transformers 4
             renames = vars(type(model)).get("_checkpoint_conversion_mapping")
-        weights = load_peft_weights(str(files.folder), device="cpu", key_mapping=renames or None)
+        with _named(f"the weights of {files.name} cannot be read"):
+            weights = load_peft_weights(str(files.folder), device="cpu", key_mapping=renames or None)
         broken = [name for name, tensor in weights.items() if not _is_finite(tensor)]
         if broken:
             raise ValueError(
-                f"{files.name} holds values that are not finite in {len(broken)} tensors: {', '.join(broken)}. Its "
-                "training diverged: merge an earlier checkpoint"
+                f"{files.name} holds values that are not finite in {len(broken)} tensors: "
+                f"{shown(', '.join(broken), 2000)}. Its training diverged: merge an earlier checkpoint"
             )
-        self._peft_model = self._inject(model, config)
+        with _named(f"PEFT cannot put {files.name} on {type(model).__name__}"):
+            self._peft_model = self._inject(model, config)
         self._tuner: Any = self._peft_model.base_model
         if not isinstance(self._tuner, BaseTuner):
             raise ValueError(f"{files.name} is a {config.peft_type.value} adapter, which PEFT cannot merge")
         self._ties = _ties(self._peft_model)
         self._values = self._assign(weights)
         without: Any = copy.deepcopy(self._tuner)
-        self.merged: PreTrainedModel = without.unload()
+        with _named(f"PEFT cannot merge {files.name}"):
+            self.merged: PreTrainedModel = without.unload()
 
     def _inject(self, model: PreTrainedModel, config: Any) -> Any:
         """Have PEFT put its modules on the model.
@@ -168,6 +230,7 @@ class AdapterOnMeta:
         """
         if self._is_lora:
             return PeftModel(model, config, _ADAPTER, low_cpu_mem_usage=True)
+        self._refuse_too_large(model, config)
         on_meta = {key: (place, _get(place)) for place in self._base.values() if (key := _key(place))}
         zeros = {
             id(tensor): nn.Parameter(torch.zeros((), dtype=tensor.dtype).expand(tensor.shape), requires_grad=False)
@@ -181,6 +244,23 @@ class AdapterOnMeta:
             _set(place, tensor)
         return peft_model
 
+    def _refuse_too_large(self, model: PreTrainedModel, config: Any) -> None:
+        """Count, on a copy on meta, what the modules would take: their sizes come from the configuration alone."""
+        trial, before = copy.deepcopy(model), set(map(id, model.state_dict(keep_vars=True).values()))
+        before |= set(map(id, trial.state_dict(keep_vars=True).values()))
+        try:
+            with torch.device("meta"):
+                state = PeftModel(trial, copy.deepcopy(config), _ADAPTER).state_dict(keep_vars=True)
+        except RuntimeError:  # a method that computes with values as it makes its modules (BOFT): PEFT must refuse it
+            return
+        needed_bytes = sum(t.numel() * t.element_size() for t in state.values() if id(t) not in before)
+        if needed_bytes > available_host_bytes():
+            raise ValueError(
+                f"its configuration describes {format_bytes(needed_bytes)} of tensors, this machine has "
+                f"{format_bytes(available_host_bytes())} of memory free, and {WEIGHTS_NAME} has "
+                f"{format_bytes((self._files.folder / WEIGHTS_NAME).stat().st_size)}"
+            )
+
     def _assign(self, weights: Mapping[str, torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
         """Which value goes where: PEFT says it, by the names under which it would load them."""
         captured: dict[str, torch.Tensor] = {}
@@ -191,11 +271,14 @@ class AdapterOnMeta:
 
         handle = self._peft_model._register_load_state_dict_pre_hook(capture)
         try:
-            set_peft_model_state_dict(self._peft_model, dict(weights), adapter_name=_ADAPTER)
-        except KeyError as error:
-            raise ValueError(
-                f"{self._files.name} lacks the tensor {error}, which its configuration announces"
-            ) from error
+            with _named(f"PEFT cannot load the tensors of {self._files.name}"):
+                set_peft_model_state_dict(self._peft_model, dict(weights), adapter_name=_ADAPTER)
+        except ValueError as error:
+            if isinstance(error.__cause__, KeyError):
+                raise ValueError(
+                    f"{self._files.name} lacks the tensor {error.__cause__}, which its configuration announces"
+                ) from error
+            raise
         finally:
             handle.remove()
         places = dict(_places(self._peft_model))
@@ -214,10 +297,9 @@ class AdapterOnMeta:
             missing |= get_peft_model_state_dict(self._peft_model, adapter_name=_ADAPTER).keys() - weights.keys()
         problems += [f"{name} is missing from the adapter" for name in sorted(missing)]
         if problems:
-            listed = "".join(f"\n- {problem}" for problem in problems)
             raise ValueError(
-                f"the adapter {self._files.name} does not fit the base model:{listed}\nWas it trained on another "
-                "model, or on this one with other embeddings (resize_token_embeddings)? Merge it into that one"
+                f"the adapter {self._files.name} does not fit the base model:{listing(problems)}\nWas it trained on "
+                "another model, or on this one with other embeddings (resize_token_embeddings)? Merge it into that one"
             )
         return {_key(places[name]): tensor for name, tensor in captured.items()}
 
@@ -293,7 +375,7 @@ class AdapterOnMeta:
                 for number, path in enumerate(paths)
                 for name, tensor in holder.get_submodule(str(number)).state_dict().items()
             }
-        except (ValueError, NotImplementedError) as error:
+        except _PEFT_ERRORS as error:
             raise ValueError(f"{', '.join(paths)}: PEFT cannot merge {self._files.name}: {error}") from error
         finally:
             self._tuner.model = self._lm
@@ -348,6 +430,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite. The extremes say it, NaN among them, 16 times as fast as ``isfinite``."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.element_size() == 1:  # torch takes no extremes of 8-bit floats
+        tensor = tensor.float()
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 

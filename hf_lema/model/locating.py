@@ -7,7 +7,6 @@ nothing of what is in the files.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_lema.files.checkpoint import INDEX_NAME, SINGLE_NAME
+from hf_lema.files.checkpoint import INDEX_NAME, SINGLE_NAME, read_weight_map
 from hf_lema.model.conversion import transformers_at_least
 from hf_lema.model.stock_quantizer import is_packed_config
 
@@ -180,6 +179,7 @@ def checkpoint_folder(request: ModelRequest) -> Path:
 
     Raises:
         FileNotFoundError: The repository has no safetensors file that transformers would load.
+        ValueError: The index of its shards is damaged.
         OSError: The repository cannot be found or reached.
     """
     folder = Path(request.name)
@@ -197,7 +197,7 @@ def checkpoint_folder(request: ModelRequest) -> Path:
         )
     hub = dict(request.hub)
     subfolder = hub.pop("subfolder", "")
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = sorted(set(read_weight_map(Path(index)).values()))
     # All shards of the commit that the index is of, even where the branch moves meanwhile.
     hub["revision"] = extract_commit_hash(index, None) or hub.get("revision")
     hub.pop("proxies", None)

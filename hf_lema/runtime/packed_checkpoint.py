@@ -11,7 +11,6 @@ bytes with shape, dtype, block sizes and the offset of the absmax values. Source
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +19,14 @@ from typing import Any
 import torch
 
 from hf_lema.files.checkpoint import CheckpointIndex, FileSet, PackedMatrix, TensorLocation
-from hf_lema.files.layout import NESTED_BLOCK_VALUES, tensor_nbytes
+from hf_lema.files.foreign_json import described, listing, parse_json, shown
+from hf_lema.files.layout import BLOCK_SIZES, NESTED_BLOCK_VALUES, tensor_nbytes
+from hf_lema.files.safetensors_header import dense_nbytes, is_shape
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_MAX_STATE_BYTES = 65536  # bitsandbytes writes some hundred
+_MAX_OFFSET = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,11 @@ def split_packed(index: CheckpointIndex) -> tuple[CheckpointIndex, dict[str, Sto
                 try:
                     found[match[1]] = _read_state(index.tensors, files, match[1], match[2], location)
                 except ValueError as error:
-                    problems.append(f"{match[1]}: {error}")
+                    problems.append(f"{shown(match[1])}: {error}")
     if problems:
-        listed = "".join(f"\n- {problem}" for problem in problems)
         raise ValueError(
-            f"the packed weights in {index.folder} cannot be used as they are:{listed}\nFetch the checkpoint again, or "
-            'pack the full-precision one with LemaConfig(quantization="nf4")'
+            f"the packed weights in {index.folder} cannot be used as they are:{listing(problems)}\nFetch the "
+            'checkpoint again, or pack the full-precision one with LemaConfig(quantization="nf4")'
         )
     parts = {f"{name}.{statistic}" for name in found for statistic in _STATISTICS}
     tensors = {
@@ -106,24 +108,15 @@ def _read(files: FileSet, location: TensorLocation) -> torch.Tensor:
 def _read_state(
     stored: Mapping[str, TensorLocation], files: FileSet, name: str, quant_type: str, location: TensorLocation
 ) -> StoredMatrix:
+    if location.nbytes > _MAX_STATE_BYTES:
+        raise ValueError(f"its quantization state has {location.nbytes} bytes, expected some hundred")
+    memory = torch.empty(location.nbytes, dtype=torch.uint8)
+    files.pread_into(location.path, location.offset_bytes, memory.numpy().data)
     try:
-        state: dict[str, Any] = json.loads(bytes(_read(files, location).numpy()))
-        out_features, in_features = state["shape"]
-        dtype = vars(torch)[state["dtype"]]
-        is_nested = "nested_blocksize" in state
-        matrix = PackedMatrix(
-            name=name,
-            shape=(int(out_features), int(in_features)),
-            dtype=dtype,
-            is_nested=is_nested,
-            quant_type=quant_type,
-            block_values=int(state["blocksize"]),
-        )
-        offset = float(state["nested_offset"]) if is_nested else 0.0
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its quantization state is damaged ({error!r})") from error
-    if is_nested and state["nested_blocksize"] != NESTED_BLOCK_VALUES:
-        raise ValueError(f"absmax blocks of {state['nested_blocksize']} values, expected {NESTED_BLOCK_VALUES}")
+        state, _ = parse_json(bytes(memory.numpy()))
+    except ValueError as error:
+        raise ValueError(f"its quantization state is damaged: {error}") from error
+    matrix, offset = _parse_state(state, name, quant_type)
     wanted = {part: spec for part, spec in matrix.tensors().items() if part != matrix.nested_offset}
     missing = [part for part in wanted if part not in stored]
     if missing:
@@ -141,6 +134,36 @@ def _read_state(
     return StoredMatrix(matrix=matrix, locations=locations, nested_offset=offset)
 
 
+def _parse_state(state: Any, name: str, quant_type: str) -> tuple[PackedMatrix, float]:
+    """What a quantization state says of its matrix, and the mean of its absmax values."""
+    if not isinstance(state, dict):
+        raise ValueError(f"its quantization state is a JSON {type(state).__name__}, expected an object")
+    shape: Any = state.get("shape")
+    block_values, dtype_name = state.get("blocksize"), state.get("dtype")
+    dtype = vars(torch).get(dtype_name) if isinstance(dtype_name, str) else None
+    is_matrix = is_shape(shape) and len(shape) == 2 and dense_nbytes(shape, 8) is not None
+    if not is_matrix or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"its quantization state is of a {shown(described(dtype_name))} of shape {shown(shape)}")
+    if type(block_values) is not int or block_values not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {shown(block_values)} values, expected one of {BLOCK_SIZES}")
+    is_nested = "nested_blocksize" in state
+    if is_nested and state["nested_blocksize"] != NESTED_BLOCK_VALUES:
+        found = shown(state["nested_blocksize"])
+        raise ValueError(f"absmax blocks of {found} values, expected {NESTED_BLOCK_VALUES}")
+    offset: Any = state.get("nested_offset") if is_nested else 0.0
+    if type(offset) not in (int, float) or not -_MAX_OFFSET <= offset <= _MAX_OFFSET:  # NaN is neither
+        raise ValueError(f"a nested_offset of {shown(offset)}, expected a finite number")
+    matrix = PackedMatrix(
+        name=name,
+        shape=(shape[0], shape[1]),
+        dtype=dtype,
+        is_nested=is_nested,
+        quant_type=quant_type,
+        block_values=block_values,
+    )
+    return matrix, float(offset)
+
+
 def _check_tables(stored: Mapping[str, TensorLocation], files: FileSet, matrix: PackedMatrix) -> None:
     from hf_lema.runtime.quantization import code_table, nested_code_table  # only here is bitsandbytes needed
 
@@ -151,5 +174,9 @@ def _check_tables(stored: Mapping[str, TensorLocation], files: FileSet, matrix: 
     for name, table in tables.items():
         if name not in stored:
             raise ValueError(f"the checkpoint lacks {name}")
-        if not torch.equal(_read(files, stored[name]), table):
+        location = stored[name]
+        # Size first: a table is of 16 or 256 values, whatever the file announces.
+        if (location.shape, location.dtype) != (tuple(table.shape), table.dtype) or not torch.equal(
+            _read(files, location), table
+        ):
             raise ValueError(f"{name} is another code table than that of the installed bitsandbytes")
