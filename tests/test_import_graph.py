@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "files/trainer_checkpoints": set(),
     "runtime/schedule": set(),
     "runtime/events": {"torch"},
+    "runtime/numa": {"torch", "packaging"},
     "runtime/host_memory": {"torch", "psutil"},
     "runtime/local_ranks": set(),
     "runtime/host_store": {"torch"},

@@ -152,7 +152,7 @@ COMPILED: dict[str, Callable[[Any], object]] = {
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")
 def test_torch_compile_of_the_whole_model_is_refused(way: str) -> None:
     with closing(prepare(WRAP_THEN_PEFT)) as model:
-        with pytest.raises(RuntimeError, match="torch.compile of the whole model cannot be combined"):
+        with pytest.raises(RuntimeError, match=r"torch\.compile of the whole model cannot be combined"):
             COMPILED[way](model)
         model._compiled_call_impl = None
         assert torch.equal(forward_backward(model), forward_backward(prepare(STOCK))), "and works as ever"

@@ -13,17 +13,17 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, DynamoBackend, model_has_dtensor
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 _INSTEAD = (
-    "Launch with DDP, where each process streams one shared copy (torchrun, or accelerate launch --multi_gpu), or train "
-    "without hf_lema where the split model fits over all GPUs"
+    "Launch with DDP, where all processes stream one shared copy (torchrun, or accelerate launch --multi_gpu), or "
+    "train without hf_lema where the split model fits over all GPUs"
 )
 
 FSDP_MESSAGE = f"FSDP splits the decoder layers that are streamed here, so the two cannot be combined. {_INSTEAD}"
 
 DEEPSPEED_MESSAGE = (
-    "DeepSpeed moves and splits the parameters itself (ZeRO-3, offload), so it cannot be combined with streamed layers. "
+    "DeepSpeed moves and splits parameters itself (ZeRO-3, offload), so it cannot be combined with streamed layers. "
     f"{_INSTEAD}"
 )
 

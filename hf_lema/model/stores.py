@@ -25,6 +25,7 @@ from hf_lema.runtime.host_memory import available_host_bytes
 from hf_lema.runtime.host_store import MAX_RING_BYTES, DiskStore, HostStore, RamStore, ring_bytes
 from hf_lema.runtime.local_ranks import LocalGroup, Offer, share
 from hf_lema.runtime.mixed_store import MixedStore, layers_in_ram
+from hf_lema.runtime.numa import in_turn, nodes_of_group
 from hf_lema.units import GIB, format_bytes
 
 RAM_HEAD_ROOM_BYTES = GIB
@@ -40,6 +41,7 @@ class StoreMaker:
         device: Where layers compute.
         source: The checkpoint that the layers come from.
         pack: The layers in a pack; if None, one is made where layers that stay in files need one.
+        num_processes: That will share the memory on this machine.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class StoreMaker:
         device: torch.device,
         source: CheckpointSource,
         pack: PackIndex | None = None,
+        num_processes: int = 1,
     ) -> None:
+        self._nodes = nodes_of_group(device, num_processes)
         self._layouts, self._config, self._device = layouts, config, device
         self._source, self._pack = source, pack
         self._layer_bytes = {i: layout.nbytes for i, layout in layouts.items()}
@@ -84,6 +88,7 @@ class StoreMaker:
         slab = slab_of(store)
         assert slab is not None
         slab.seal()
+        slab.make_read_only()
         return store
 
     def _over(self, in_ram: Sequence[int], is_shared: bool, descriptor: int | None) -> HostStore:
@@ -121,7 +126,9 @@ class StoreMaker:
                 def write(layer_idx: int, out: torch.Tensor) -> None:
                     read_spans_into(files, spans[layer_idx], out)
 
-            pool = stack.enter_context(ThreadPoolExecutor(num_threads, thread_name_prefix="hf_lema-loader"))
+            pool = stack.enter_context(
+                ThreadPoolExecutor(num_threads, "hf_lema-loader", initializer=in_turn(self._nodes))
+            )
             loads = [pool.submit(write, i, slab.layer_buffer(i)) for i in slab.layouts]
             for load in tqdm(loads, desc="Loading layers", delay=2, leave=False):
                 load.result()
@@ -178,7 +185,7 @@ def store_from_checkpoint(
     Raises:
         RuntimeError: The first process failed, or loads another model.
     """
-    maker = StoreMaker(layouts, config, device, source, pack)
+    maker = StoreMaker(layouts, config, device, source, pack, 1 if group is None else group.size)
     if group is None:
         return maker.make()
     stores: list[HostStore] = []

@@ -8,6 +8,7 @@ mapping is a memfd, not private memory: a forked DataLoader worker then shares i
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from hf_lema.runtime.numa import near_current_card
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -78,12 +81,27 @@ class HostBuffer:
         Returns:
             Whether the system allowed it; if not, the memory stays pageable, and `PAGE_LOCK_ADVICE` is for the user.
         """
-        result = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self._mapped_bytes, 0))
+        with near_current_card():  # pages that are new come from there
+            result = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self._mapped_bytes, 0))
         if result == 0:
             self.pinned_bytes = self._mapped_bytes
             return True
         clear_cuda_error()
         return False
+
+    def make_read_only(self) -> None:
+        """Has the kernel stop every later write of this process, by a segmentation fault.
+
+        After `page_lock`: CUDA registers writable mappings only, and keeps the pages whatever becomes of the mapping.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.c_void_p(self.tensor.data_ptr())
+        if libc.mprotect(address, ctypes.c_size_t(self._mapped_bytes), mmap.PROT_READ) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"protecting {self._mapped_bytes} shared bytes: {os.strerror(error)}")
 
     def close(self) -> None:
         """Take the page-lock away. May be called any number of times; does nothing in a forked child."""

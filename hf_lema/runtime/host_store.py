@@ -26,6 +26,7 @@ from hf_lema.files.file_set import FileSet, ReadSpan, read_spans_into
 from hf_lema.files.layout import LayerLayout
 from hf_lema.runtime.events import Event, make_event
 from hf_lema.runtime.host_memory import PAGE_LOCK_ADVICE, HostBuffer, has_private_pages, map_private, tensor_over
+from hf_lema.runtime.numa import run_near_card
 from hf_lema.units import format_bytes
 
 WINDOW_BYTES = 32 * 2**20
@@ -165,7 +166,9 @@ class HostStore(abc.ABC):
         if self.device.type == "cuda":
             largest_bytes = max(layout.nbytes for layout in self.layouts.values())
             self._ring = StagingRing(ring_bytes(largest_bytes, max_bytes) // WINDOW_BYTES, self.device)
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="hf_lema-reader")
+        self._readers = ThreadPoolExecutor(
+            NUM_READERS, "hf_lema-reader", initializer=run_near_card, initargs=(self.device,)
+        )
 
     def _copy_through_ring(self, out: torch.Tensor, fill: Callable[[int, torch.Tensor], None]) -> None:
         """Fills ``out`` window by window: ``fill(begin, window)`` runs on the readers, copies follow in order."""
@@ -267,6 +270,10 @@ class RamStore(HostStore):
                 f"through a page-locked ring of {format_bytes(self._ring.pinned_bytes)}. {PAGE_LOCK_ADVICE}",
                 stacklevel=2,
             )
+
+    def make_read_only(self) -> None:
+        """Has the kernel stop every later write of this process; for a sealed slab that another process has filled."""
+        self._slab.make_read_only()
 
     def host_views(self, layer_idx: int) -> dict[str, torch.Tensor]:
         begin = self._offsets[layer_idx]

@@ -5,6 +5,8 @@ Responsibility: finding the group, and handing the first process's memory to the
 The first local rank says how the layers are kept, fills the memory, and sends its file descriptor through an abstract
 UNIX socket (unix(7), SCM_RIGHTS); there is no file, no /dev/shm and no process group. The memory goes when the last
 process that maps it goes. A rank that waits is connected: it learns at once when the first one has died.
+
+Such a socket has no permissions, so both sides ask the kernel who the other one is: another user gets nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -34,10 +37,13 @@ class LocalGroup:
     Attributes:
         rank: Of this process on this machine.
         size: How many there are on this machine.
+        host: Number of the machine in the launch. Two that share a network namespace, containers say, share the names
+            of its sockets too.
     """
 
     rank: int
     size: int
+    host: int = 0
 
     @classmethod
     def find(cls) -> LocalGroup | None:
@@ -45,14 +51,14 @@ class LocalGroup:
         rank, size = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
         if rank is None or size is None or int(size) < 2:
             return None
-        return cls(rank=int(rank), size=int(size))
+        return cls(rank=int(rank), size=int(size), host=int(os.environ.get("GROUP_RANK", "0")))
 
     def address(self, identity: str) -> bytes:
         """Name of the socket on which the first rank offers something, another one each time."""
         count = _num_offers[identity]
         _num_offers[identity] += 1
         # All ranks of one launch have the same parent and the same master port.
-        launch = f"{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
+        launch = f"{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}-{self.host}"
         return f"\0hf_lema-{launch}-{identity}-{count}".encode()
 
 
@@ -103,26 +109,26 @@ class OfferServer:
         """Tells those who wait that there will be nothing, and why."""
         text = f"{type(error).__name__}: {error}"[: _MAX_MESSAGE_BYTES // 8]
         self._socket.settimeout(1.0)  # those who are not there yet are ended by the launcher
-        with contextlib.suppress(TimeoutError):
-            for _ in range(self._num_others):
-                self._send(json.dumps({"error": text}).encode(), None)
-        self._socket.close()
+        self._send_all(json.dumps({"error": text}).encode(), None)
 
     def _serve(self, message: bytes, descriptor: int | None) -> None:
         self._socket.settimeout(CONNECT_TIMEOUT_S)
         try:
-            with contextlib.suppress(TimeoutError):
-                for _ in range(self._num_others):
-                    self._send(message, descriptor)
+            self._send_all(message, descriptor)
         finally:
-            self._socket.close()
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _send(self, message: bytes, descriptor: int | None) -> None:
-        connection, _ = self._socket.accept()
-        with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(connection, [message], [] if descriptor is None else [descriptor])
+    def _send_all(self, message: bytes, descriptor: int | None) -> None:
+        num_left = self._num_others
+        with self._socket, contextlib.suppress(TimeoutError):
+            while num_left:
+                connection, _ = self._socket.accept()
+                with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    if _user_of(connection) != os.getuid():
+                        continue
+                    num_left -= 1  # also one that has died meanwhile
+                    socket.send_fds(connection, [message], [] if descriptor is None else [descriptor])
 
 
 def receive_offer(group: LocalGroup, identity: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Offer:
@@ -134,11 +140,14 @@ def receive_offer(group: LocalGroup, identity: str, timeout_s: float = CONNECT_T
         timeout_s: Longest wait for the first rank to begin; once it has, the wait lasts as long as it lives.
 
     Raises:
-        RuntimeError: The first rank did not come in time, died, or failed (its error is in the message).
+        RuntimeError: The first rank did not come in time, died, or failed (its error is in the message); or the one
+            that answers is another user's.
     """
     address = group.address(identity)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         _connect(connection, address, timeout_s, group)
+        if (user := _user_of(connection)) != os.getuid():
+            raise RuntimeError(f"the socket of local rank 0 belongs to user {user}, not to {os.getuid()}: not trusted")
         try:
             message, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)
         except ConnectionResetError:
@@ -149,6 +158,12 @@ def receive_offer(group: LocalGroup, identity: str, timeout_s: float = CONNECT_T
     if "error" in said:
         raise RuntimeError(f"local rank 0 could not load the model: {said['error']}")
     return Offer(tier=said["tier"], descriptor=descriptors[0] if descriptors else None)
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Whose process is at the other end (SO_PEERCRED of unix(7): process, user, group)."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def _connect(connection: socket.socket, address: bytes, timeout_s: float, group: LocalGroup) -> None:

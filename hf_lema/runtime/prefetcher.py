@@ -19,6 +19,7 @@ import torch
 
 from hf_lema.runtime.events import CopyStream
 from hf_lema.runtime.host_store import HostStore
+from hf_lema.runtime.numa import run_near_card
 from hf_lema.runtime.slots import Slot, SlotPool, SlotState
 
 _MAX_WAIT_S = 60.0
@@ -177,6 +178,7 @@ class Prefetcher:
             self._finish(*fill)
 
     def _run(self) -> None:
+        run_near_card(self._device)
         while True:
             with self._changed:
                 fill = self._next_fill() if not self._closing else None
