@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from hf_lema.model.loss import ChunkedLoss, DeferredLogits
+from hf_lema.model.outside import OutsideWeights
 
 pytestmark = pytest.mark.integration
 
@@ -171,3 +173,52 @@ def test_a_frozen_head_gives_the_hidden_states_their_gradient() -> None:
     ours = gradients(model, chunked(model).forward(**inputs()))
     assert "lm_head.weight" not in ours
     assert all(torch.allclose(ours[key], stock[key], rtol=1e-10) for key in stock)
+
+
+def test_logits_asked_for_by_their_places_take_the_stock_path() -> None:
+    model = build("llama", torch.float32)
+    keep = {"logits_to_keep": torch.tensor([3, 7, 16])}
+    inputs_ = inputs() | keep
+    inputs_["labels"] = inputs_["labels"][:, :3]  # as many as there are logits
+    output = chunked(model, 2).forward(**inputs_)
+    assert torch.equal(output.logits, model(**inputs_).logits)
+    assert torch.equal(output.loss, model(**inputs_).loss)
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("name", ["llama", "soft-capped", "divided"])
+def test_fp16_under_a_gradient_scaler_is_within_the_tolerance_of_the_dtype(name: str, place: str) -> None:
+    """The frozen model is in fp16, an adapter in fp32 trains under autocast; a CPU stands in for the card."""
+
+    def scaled(how: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
+        model = build(name, torch.float16)
+        torch.manual_seed(5)
+        peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        forward = type(model).forward
+        if how == "host":
+            outside = OutsideWeights(model, torch.device("cpu"), piece_bytes=50 * 32 * 2)
+            outside.move_to_host()
+            loss_ = ChunkedLoss(model, forward, outside, max_chunk_bytes=14 * 64 * 131)
+        else:
+            loss_ = chunked(model, 10 if how == "device" else 1000)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        trained = [p for p in peft.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=1e-3)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_.forward(**inputs(77)).loss
+        assert (loss.dtype, torch.isfinite(loss)) == (torch.float32, True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        found = {n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None}
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach(), found, scaler.get_scale()
+
+    stock_loss, stock, _ = scaled("stock")
+    loss, ours, scale = scaled(place)
+    assert scale == 2.0**16, "no gradient was infinite"
+    torch.testing.assert_close(loss, stock_loss, rtol=2e-3, atol=0.0)
+    assert ours.keys() == stock.keys()
+    for key, expected in stock.items():
+        assert ours[key].abs().max() > 0
+        assert (ours[key] - expected).norm() <= 1e-2 * expected.norm(), key

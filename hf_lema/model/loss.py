@@ -105,7 +105,7 @@ class ChunkedLoss:
             self._supported
             and isinstance(labels, torch.Tensor)
             and (labels.numel() > self.chunk_tokens or self._head_is_lent)
-            and kwargs.get("logits_to_keep", 0) == 0
+            and _keeps_all_logits(kwargs.get("logits_to_keep", 0))
             and kwargs.get("shift_labels") is None
             and kwargs.get("return_dict", self._lm.config.return_dict) is not False
             and not kwargs.get("output_router_logits", getattr(self._lm.config, "output_router_logits", False))
@@ -221,6 +221,11 @@ class ChunkedLoss:
         output = self._backbone_output(last_hidden_state=hidden)
         with _forward_replaced(self._lm.base_model, lambda *_, **__: output):
             yield
+
+
+def _keeps_all_logits(logits_to_keep: Any) -> bool:
+    """Whether nothing is left out: 0 means all, a number the last ones, a tensor those at its places."""
+    return not isinstance(logits_to_keep, torch.Tensor) and logits_to_keep == 0
 
 
 def _is_frozen_norm(module: torch.nn.Module) -> bool:
