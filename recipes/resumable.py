@@ -146,7 +146,7 @@ def train_or_keep(trainer: Trainer, *, resume: bool) -> Stop | None:
         try:
             trainer.train(resume_from_checkpoint=last if resume else None)
         except (KeyboardInterrupt, MemoryError, *SAVE_ERRORS) as caught:
-            error = caught.with_traceback(None)  # its frames hold the activations of the step
+            error = _without_frames(caught)
     num_steps_done = trainer.state.global_step
     if error is None and num_steps_done >= trainer.state.max_steps:
         return None
@@ -179,10 +179,21 @@ def _keep(trainer: Trainer, boundary: StepBoundary) -> BaseException | None:
             # The same call that Trainer makes on its schedule; no public one keeps optimizer and random state.
             trainer._save_checkpoint(trainer.model, trial=None)
     except SAVE_ERRORS as error:
-        return error.with_traceback(None)
+        return _without_frames(error)
     finally:
         _remove_torn(folder)
     return None
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Lets go of what the frames of an error, and of those before it, hold: activations, files half written."""
+    chained: list[BaseException | None] = [error]
+    while chained:
+        each = chained.pop()
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            chained += [each.__cause__, each.__context__]
+    return error
 
 
 def _remove_torn(folder: Path) -> None:
@@ -212,7 +223,8 @@ def report_stop(stop: Stop, num_steps: int, script: str, options: Sequence[str])
     """
     print(f"\nTraining stopped after step {stop.num_steps_done} of {num_steps}: {stop.reason}", flush=True)
     if stop.save_error is not None:
-        print(f"Its end could not be kept: {type(stop.save_error).__name__}: {stop.save_error}")
+        print(f"The last step could not be kept: {type(stop.save_error).__name__}: {stop.save_error}")
+        print("Is the disk full, or was it unplugged? What was written of that checkpoint is taken away.")
     if stop.checkpoint is None:
         print("No step was finished and kept, so there is nothing to go on from.")
     else:
