@@ -1,11 +1,11 @@
-"""A long run that must stay flat: training with evaluation and saving in between, the process measured all along.
+r"""A long run that must stay flat: training with evaluation and saving in between, the process measured all along.
 
 Trains a LoRA adapter on a random model of a named shape with the stock Trainer. After warm-up, VRAM, page-locked bytes,
 threads and open handles must not change by one, private RAM must not grow by more than a stated bound, and every loss
 must be finite. The exit status is 1 where that does not hold. The record is one JSON file.
 
     python recipes/soak.py --device cpu --steps 10000 --tier disk --output soak-disk.json
-    python recipes/soak.py --device cuda --shape llama-2-7b --num-layers 4 --batch-size 8 --seq-len 512 --steps 2000 \\
+    python recipes/soak.py --device cuda --shape llama-2-7b --num-layers 4 --batch-size 8 --seq-len 512 --steps 2000 \
         --tier disk --output soak-h100-disk.json      # and once more with --tier ram
 """
 

@@ -44,7 +44,7 @@ STEP = "a checkpoint of the last finished step"
 FREED = "the last whole checkpoint; what was written of the next one is taken away"
 ALL = "everything: the run goes on, bit for bit"
 NOTHING = "no output, and no half of one"
-RESUME = "load the model again, `trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))`"
+RESUME = "load the model again and resume as above"
 COMMAND = "the command that is printed (`--resume`)"
 KEPT = ", under `recipes/resumable.py`"
 
@@ -441,6 +441,7 @@ KEEPING = [
 ]
 """What the recipes make of it."""
 
+PAGEABLE = "through pageable memory, at a fraction of the bus rate"
 REFUSED = "UserWarning: page-locking {size} %s. " + PAGE_LOCK_ADVICE
 SURVIVED = [
     _fault(
@@ -451,13 +452,13 @@ SURVIVED = [
     _fault("a model file is replaced by another", "(nothing: the one that is open is read on)", replace_file),
     _fault(
         "page-locking is refused at the start",
-        REFUSED % "of host memory was refused; copies to the GPU go through pageable memory, at a fraction of the bus rate",
+        REFUSED % f"of host memory was refused; copies to the GPU go {PAGEABLE}",
         lambda scene: None,
         max_lock_bytes=0,
     ),
     _fault(
         "page-locking is refused later, for boundary activations",
-        REFUSED % "for boundary activations was refused; they travel through pageable memory, at a fraction of the bus rate",
+        REFUSED % f"for boundary activations was refused; they travel {PAGEABLE}",
         refuse_late(StepChoices(boundaries_in_ram=True)),
     ),
     _fault(

@@ -1,4 +1,4 @@
-"""Every fault of tests/faults.py happens: one error that says what to do, whole checkpoints, an equal resume, no rest."""
+"""Every fault of tests/faults.py happens: an error that says what to do, whole checkpoints, an equal resume, no rest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from hf_lema.runtime.events import NullEvent
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-import resumable  # noqa: E402
+import resumable
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
@@ -191,7 +191,7 @@ def test_error_says_what_to_do_and_the_resume_is_equal(
     fault: Fault, play: Any, model_folder: Path, saved_model: Path, tmp_path: Path, whole_run: Trajectory
 ) -> None:
     def run(scene: Scene) -> str:
-        with pytest.raises(BaseException) as caught:  # noqa: B017,PT011  its text is compared below
+        with pytest.raises(BaseException) as caught:  # noqa: PT011  its text is compared below
             scene.trainer.train()
         return text_of(caught.value)
 

@@ -202,8 +202,8 @@ class ProxyState:
         except torch.OutOfMemoryError as error:
             # The same object: callers tell it by its type, and accelerate by its one argument too.
             error.args = (
-                f"{error}\nIt was in the {direction.name.lower()} of layer {self.layer_idx}. Give a smaller vram_budget, "
-                "a smaller batch or shorter sequences, and resume from the last checkpoint",
+                f"{error}\nIt was in the {direction.name.lower()} of layer {self.layer_idx}. Give a smaller "
+                "vram_budget, a smaller batch or shorter sequences, and resume from the last checkpoint",
             )
             raise
 
