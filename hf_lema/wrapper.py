@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_lema.capability import BF16_CAPABILITY
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
+from hf_lema.files.base_files import BaseFiles
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.layer_proxy import (
     COPY_MESSAGE,
@@ -176,6 +177,7 @@ class LemaModelWrapper(nn.Module):
             **kwargs,
         )
         lm: Any = skeleton.model
+        base = BaseFiles(skeleton.index)
         _refuse_bf16_without_hardware(lm, target)
         _, layers = find_decoder_layers(lm)
         layouts = {layout.layer_idx: layout for layout in skeleton.source.layouts}
@@ -186,6 +188,7 @@ class LemaModelWrapper(nn.Module):
         places = register_at_rest(store, layers)
         streamer = LayerStreamer(store, target, len(layers), config.num_slots)
         _assemble(lm, list(layers), places, streamer, config)
+        _runtime_of(lm).base = base
         try:
             _runtime_of(lm).start_budget()
         except ValueError:
@@ -331,6 +334,7 @@ class _Runtime:
         self.layers = layers
         self.streamer = streamer  # owned
         self.config = config
+        self.base: BaseFiles | None = None  # of a model that came from files
         self.budget: VramBudget | None = None
         self.options = options
         self.check = SelfCheck() if config.self_check else None
@@ -491,6 +495,12 @@ def apply_choices(model: nn.Module, choices: StepChoices) -> None:
     """
     get_streamer(model)
     _runtime_of(_find_wrapped(model)).apply(choices)
+
+
+def find_base(model: nn.Module) -> BaseFiles | None:
+    """The files that the base behind a model came from; None for one that is not wrapped, or was in memory before."""
+    lm = _find_wrapped(model)
+    return None if lm is None else _runtime_of(lm).base
 
 
 def find_check(model: nn.Module) -> SelfCheck | None:

@@ -21,8 +21,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from hf_lema.environment import environment_record
+from hf_lema.measuring.base_guard import BaseGuard
 from hf_lema.measuring.records import (
     PeakMemory,
     StepRecord,
@@ -89,7 +91,7 @@ class _Counters:
     stream: StreamerStats | None
 
 
-class MemoryTelemetryCallback(TrainerCallback):
+class MemoryTelemetryCallback(TrainerCallback, ExportableState):
     """Measures every optimizer step of a Trainer and says what it took.
 
     Per step, and as a peak since training began: VRAM allocated, reserved and of the process, RAM resident, private and
@@ -100,6 +102,10 @@ class MemoryTelemetryCallback(TrainerCallback):
     and count for the step after: single figures may shift by that much, their sum is right. Evaluation, prediction and
     saving are left out; the first step counts from its own beginning. To have exact peaks per step the callback resets
     torch's peak counters after every step: read ``peak`` rather than ``torch.cuda.max_memory_allocated``.
+
+    Checkpoints note, in ``trainer_state.json``, which files the base of a streamed model came from. A run that is
+    resumed with other files is refused before its first step. (To tell files apart by every byte they are read once, at
+    the first checkpoint.)
 
     Trainer's logs gain the interval since the last log: peaks, means per step, and tokens per second. In a distributed
     run every process measures itself; only the main process prints and writes.
@@ -113,6 +119,7 @@ class MemoryTelemetryCallback(TrainerCallback):
         vram_limit_bytes: A card size to measure against where that is smaller than the real one.
         ram_baseline: What the process held before the part to be measured; by default what it holds now.
         console: Print one line at each log.
+        allow_changed_base: Resume with a base model whose files are not those that the checkpoint was trained on.
 
     Raises:
         ValueError: ``warn_fraction`` is not above 0 and at most 1, or ``sample_interval_s`` is not above 0.
@@ -127,6 +134,7 @@ class MemoryTelemetryCallback(TrainerCallback):
         vram_limit_bytes: int | None = None,
         ram_baseline: ProcessMemory | None = None,
         console: bool = True,
+        allow_changed_base: bool = False,
     ) -> None:
         if not 0 < warn_fraction <= 1:
             raise ValueError(f"warn_fraction is a share of the card above 0 and at most 1, got {warn_fraction}")
@@ -140,6 +148,7 @@ class MemoryTelemetryCallback(TrainerCallback):
         self._vram_limit_bytes = vram_limit_bytes
         self._ram_baseline = read_process_memory() if ram_baseline is None else ram_baseline
         self._console = console
+        self._base_guard = BaseGuard(allow_changed_base)
         self._sampler: MemorySampler | None = None  # owned here, from on_train_begin to close()
         self._token_hook: RemovableHandle | None = None  # owned here, likewise
         self._samples: tuple[MemorySample, ...] = ()
@@ -187,6 +196,18 @@ class MemoryTelemetryCallback(TrainerCallback):
         """The memory curve of the training that runs, or else of the last one."""
         return self._samples if self._sampler is None else self._sampler.samples
 
+    def state(self) -> dict[str, Any]:
+        """What Trainer keeps of the callback in a checkpoint: its arguments, and the identity of the base's files."""
+        arguments = {
+            "path": None if self.path is None else str(self.path),
+            "warn_fraction": self._warn_fraction,
+            "sample_interval_s": self._sample_interval_s,
+            "vram_limit_bytes": self._vram_limit_bytes,
+            "console": self._console,
+            "allow_changed_base": self._base_guard.is_override,
+        }
+        return {"args": arguments, "attributes": self._base_guard.attributes()}
+
     def close(self) -> None:
         """Stop measuring: end the sampler thread and take the hook off the model. May be called again.
 
@@ -204,6 +225,7 @@ class MemoryTelemetryCallback(TrainerCallback):
             finally:
                 sampler.close()
         self._meter, self._streamer, self._step_start = None, None, None
+        self._base_guard.end()
 
     def __enter__(self) -> MemoryTelemetryCallback:
         return self
@@ -227,6 +249,9 @@ class MemoryTelemetryCallback(TrainerCallback):
         if model is None:
             raise ValueError("on_train_begin came without the model, which Trainer passes to its callbacks")
         self.close()  # an earlier training of this trainer may have ended in an exception
+        # Trainer looks here for every callback when it saves; a checkpoint from before this one has no entry of it.
+        stored: Any = state.stateful_callbacks.setdefault(type(self).__name__, {})  # type: ignore[union-attr]
+        self._base_guard.begin(model, stored[0] if isinstance(stored, list) else stored)
         self.records, self.peak, self._num_records_logged = [], None, 0
         self._is_above_threshold = False
         self._is_main_process = state.is_world_process_zero
