@@ -77,6 +77,7 @@ def _declare_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="where a new file begins (%(default)s)")
     parser.add_argument("--push-to-hub", metavar="ID", help="upload the finished folder to this model repository")
     parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of the base on the hub")
+    parser.add_argument("--adapter-revision", metavar="REVISION", help="the same of the adapter")
     _add_trust(parser)
     parser.set_defaults(run=_run_merge)
 
@@ -84,7 +85,7 @@ def _declare_merge(parser: argparse.ArgumentParser) -> None:
 def _run_merge(arguments: argparse.Namespace) -> Result:
     from hf_lema.export.merging import merge_and_save
 
-    where = {} if arguments.revision is None else {"revision": arguments.revision}
+    where = _where(arguments)
     merged = merge_and_save(
         arguments.base,
         arguments.adapter,
@@ -93,6 +94,7 @@ def _run_merge(arguments: argparse.Namespace) -> Result:
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
         trust_remote_code=arguments.trust_remote_code,
+        adapter_revision=arguments.adapter_revision,
         **where,
     )
     uploaded = "" if merged.hub_id is None else f", uploaded to {merged.hub_id}"
@@ -108,7 +110,7 @@ def _declare_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="the pack (*.lema.safetensors); for .bin files a folder")
     parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
     _add_quantization(parser, "pack linears to 4 bits")
-    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the hub")
+    _add_revision(parser)
     _add_trust(parser)
     parser.set_defaults(run=_run_pack)
 
@@ -116,7 +118,7 @@ def _declare_pack(parser: argparse.ArgumentParser) -> None:
 def _run_pack(arguments: argparse.Namespace) -> Result:
     from hf_lema.export.unpickling import convert_pickled, find_pickled
 
-    where = {} if arguments.revision is None else {"revision": arguments.revision}
+    where = _where(arguments)
     folder = find_pickled(arguments.model, **where)
     if folder is not None:
         converted = convert_pickled(folder, arguments.output, dtype=arguments.dtype)
@@ -161,6 +163,7 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
     parser.add_argument("--optim", metavar="NAME", default="adamw_torch_fused", help="as in TrainingArguments")
     _add_quantization(parser, "stream linears in 4 bits")
+    _add_revision(parser)
     parser.set_defaults(run=_run_plan)
 
 
@@ -182,6 +185,7 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
         rates=None if arguments.card is None else find_rates(arguments.card),
         options=PlanOptions(
             dtype=arguments.dtype,
+            revision=arguments.revision,
             num_processes=arguments.num_processes,
             optim=arguments.optim,
             quantization=arguments.quantization,
@@ -198,6 +202,7 @@ def _declare_check(parser: argparse.ArgumentParser) -> None:
         "--ram-budget", metavar="BUDGET", default="auto", help='as in LemaConfig; "min" for the disk tier'
     )
     _add_quantization(parser, "stream linears in 4 bits")
+    _add_revision(parser)
     _add_trust(parser)
     parser.set_defaults(run=_run_check)
 
@@ -217,7 +222,11 @@ def _run_check(arguments: argparse.Namespace) -> Result:
         self_check=True,
     )
     model = LemaModelWrapper.from_pretrained(
-        arguments.model, config, arguments.dtype, trust_remote_code=arguments.trust_remote_code
+        arguments.model,
+        config,
+        arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        **_where(arguments),
     )
     vocab_size = model.config.get_text_config().vocab_size
     peft_model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -263,6 +272,14 @@ def _run_doctor(arguments: argparse.Namespace) -> Result:
 def _add_quantization(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quantization", choices=("nf4",), help=what)
     parser.add_argument("--no-double-quantization", action="store_true", help="keep the scales of 4-bit blocks in fp32")
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the hub")
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {} if arguments.revision is None else {"revision": arguments.revision}
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,7 @@ MERGE_PARAMETERS = (
     "max_shard_size",
     "push_to_hub",
     "trust_remote_code",
+    "adapter_revision",
     "kwargs",
 )
 

@@ -35,6 +35,7 @@ class PlanOptions:
 
     Attributes:
         dtype: Of the weights; None for the checkpoint's own.
+        revision: Branch, tag or commit of a model on the hub; None for its main branch.
         quantization: None or ``"nf4"``: linear weights of the decoder layers in 4 bits.
         double_quantization: Whether the scales of NF4 are quantized too.
         gradient_accumulation_steps: As in ``TrainingArguments``; above 1 gradients are there in every phase.
@@ -50,6 +51,7 @@ class PlanOptions:
     """
 
     dtype: torch.dtype | str | None = None
+    revision: str | None = None
     quantization: str | None = None
     double_quantization: bool = True
     gradient_accumulation_steps: int = 1
@@ -131,7 +133,8 @@ class StepCost:
         wrong = {name: n for name, n in (("batch_size", batch_size), ("seq_len", seq_len)) if n < 1}
         if wrong:
             raise ValueError(f"expected at least 1, got {wrong}")
-        blueprint = draw(model, options.dtype, lora)
+        where = {} if options.revision is None else {"revision": options.revision}
+        blueprint = draw(model, options.dtype, lora, **where)
         self.name = blueprint.name
         self.batch_size, self.seq_len, self.rates, self.options = batch_size, seq_len, rates, options
         packed = packed_weights(blueprint.lm) if options.is_packed else []
