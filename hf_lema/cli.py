@@ -159,7 +159,16 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", metavar="N", type=int, default=512, help="tokens a sequence (%(default)s)")
     parser.add_argument("--lora-rank", metavar="R", type=int, default=16, help="on all linears (%(default)s)")
     parser.add_argument("--vram-budget", metavar="BUDGET", default="auto", help='as in LemaConfig; "min" for the floor')
-    parser.add_argument("--num-processes", metavar="N", type=int, default=1, help="that share the machine")
+    parser.add_argument("--num-processes", metavar="N", type=int, default=1, help="on each machine, one a card")
+    parser.add_argument("--num-hosts", metavar="N", type=int, default=1, help="machines (%(default)s)")
+    parser.add_argument(
+        "--cards-per-bus", metavar="N", type=int, default=1, help="behind one link to RAM (%(default)s)"
+    )
+    parser.add_argument(
+        "--ram-rate", metavar="GB/S", type=float, help="of RAM, for all cards; by default what they take"
+    )
+    parser.add_argument("--link-rate", metavar="GB/S", type=float, help="between cards; by default that of the bus")
+    parser.add_argument("--network", metavar="GBIT/S", type=float, default=25.0, help="of a machine (%(default)s)")
     parser.add_argument("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32; by default the model's own")
     parser.add_argument("--optim", metavar="NAME", default="adamw_torch_fused", help="as in TrainingArguments")
     _add_quantization(parser, "stream linears in 4 bits")
@@ -187,12 +196,26 @@ def _run_plan(arguments: argparse.Namespace) -> Result:
             dtype=arguments.dtype,
             revision=arguments.revision,
             num_processes=arguments.num_processes,
+            launch=_launch(arguments),
             optim=arguments.optim,
             quantization=arguments.quantization,
             double_quantization=not arguments.no_double_quantization,
         ),
     )
     return {"text": format_comparison(comparison), **comparison_as_dict(comparison)}
+
+
+def _launch(arguments: argparse.Namespace) -> Any:
+    from hf_lema.planning.data_parallel import Launch
+
+    return Launch(
+        num_processes=arguments.num_processes,
+        num_hosts=arguments.num_hosts,
+        cards_per_bus=arguments.cards_per_bus,
+        ram_bytes_per_s=None if arguments.ram_rate is None else 1e9 * arguments.ram_rate,
+        link_bytes_per_s=None if arguments.link_rate is None else 1e9 * arguments.link_rate,
+        network_bytes_per_s=1e9 * arguments.network / 8,
+    )
 
 
 def _declare_check(parser: argparse.ArgumentParser) -> None:
@@ -294,7 +317,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
     "plan": (
         "Say where the memory goes and how long a step takes, before anything is loaded: LEMA, stock PEFT and QLoRA.",
         "  hf-lema plan llama-2-7b --card T4 --ram 12.7GiB\n"
-        "  hf-lema plan NousResearch/Llama-2-7b-hf --vram 16GiB --ram 29GiB --batch-size 8 --seq-len 512",
+        "  hf-lema plan NousResearch/Llama-2-7b-hf --vram 16GiB --ram 29GiB --batch-size 8 --seq-len 512\n"
+        "  hf-lema plan llama-2-7b --card T4 --ram 29GiB --num-processes 2",
         _declare_plan,
     ),
     "merge": (

@@ -393,7 +393,9 @@ class _Runtime:
     def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
         """How to run within so many bytes of VRAM; whole batches with everything there where that cannot be planned."""
         config = replace(self.config, vram_budget="min" if budget_bytes is None else max(1, budget_bytes))
+        group = LocalGroup.find()
         options = PlanOptions(
+            num_processes=1 if group is None else group.size,
             micro_batch_size=config.micro_batch_size or None,
             quantization="nf4" if self._is_packed else None,
             double_quantization=config.double_quantization,

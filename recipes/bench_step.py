@@ -5,6 +5,9 @@
 The tool behind every figure of speed and memory that the project quotes. All contenders load the same random
 checkpoint, which is written once to --checkpoint-dir, and train the same LoRA on the same random tokens.
 
+Under torchrun each process is one card's, trains on its own rows and prints its own line (`bench_group.py` puts them
+together); the checkpoint must be there before.
+
 Step times are wall times, the optimizer included. RAM is private RAM (anonymous and shared pages, page-locked ones
 among them) above what the process held after imports, device context and model skeleton.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -32,7 +36,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import LemaConfig, MemoryTelemetryCallback, StepChoices, get_streamer
-from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
+from hf_lema.measuring.sampler import read_proportional_private_bytes
+from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, rank_path, read_process_memory
+from hf_lema.runtime.local_ranks import LocalGroup
 from hf_lema.units import parse_bytes
 
 LEMA = ("lema", "lema-nf4")
@@ -131,7 +137,7 @@ def lema_config(args: argparse.Namespace) -> LemaConfig:
 def random_tokens(args: argparse.Namespace, vocab_size: int) -> TokenDataset:
     """A few batches of random tokens, the loss on all of them; Trainer goes over them again and again."""
     generator = torch.Generator().manual_seed(args.seed)
-    shape = (4 * args.batch_size, args.seq_len)
+    shape = (4 * args.batch_size * int(os.environ.get("WORLD_SIZE", "1")), args.seq_len)
     ids = torch.randint(0, vocab_size, shape, generator=generator)
     return TokenDataset(ids, torch.ones_like(ids), ids)
 
@@ -159,10 +165,16 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: The layers stream from another tier than the one that was asked for.
     """
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    group = LocalGroup.find()
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", 0 if group is None else group.rank)
+        torch.cuda.set_device(device)
     if args.vram_limit is not None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(args.vram_limit / total_bytes, 1.0), device)
+    if group is not None and args.checkpoint_dir is None:
+        raise ValueError("several processes need one checkpoint: write it to --checkpoint-dir in a run of one process")
     folder = ensure_checkpoint(
         args.shape,
         args.num_layers,
@@ -233,24 +245,44 @@ def train(
         trainer.add_callback(cold)
     with telemetry:
         trainer.train()
+    shared = shared_figures(baseline)
     peak, records = telemetry.peak, telemetry.records
     assert peak is not None, "a finished training has a peak"
     step_s = [record.step_s for record in records]
-    figures = peak.to_dict() | {
-        "step_median_s": statistics.median(step_s[args.warmup :]),
-        "step_s": step_s,
-        "loss_first": log.losses[0],
-        "loss_last": log.losses[-1],
-        "loss": log.losses,
-        "ram_file_above_baseline_peak_bytes": _file_above(peak.ram_file_peak_bytes, baseline),
-        "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "batches_sha256": collator.digest(args.steps),
-    }
+    figures = (
+        peak.to_dict()
+        | {
+            "step_median_s": statistics.median(step_s[args.warmup :]),
+            "step_s": step_s,
+            "loss_first": log.losses[0],
+            "loss_last": log.losses[-1],
+            "loss": log.losses,
+            "ram_file_above_baseline_peak_bytes": _file_above(peak.ram_file_peak_bytes, baseline),
+            "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "batches_sha256": collator.digest(args.steps),
+        }
+        | shared
+    )
     if args.contender in LEMA:
         figures |= streaming_figures(args, model, [dataclasses.asdict(record) for record in records])
     if cold is not None:
         figures |= cold_figures(args, cold, figures)
     return figures
+
+
+def shared_figures(baseline: ProcessMemory) -> dict[str, Any]:
+    """Which process this is, and its share of the RAM that all of them take, while all of them hold it."""
+    is_group = torch.distributed.is_initialized()
+    if is_group:
+        torch.distributed.barrier()
+    proportional_bytes = read_proportional_private_bytes()
+    if is_group:
+        torch.distributed.barrier()
+    return {
+        "rank": torch.distributed.get_rank() if is_group else 0,
+        "num_processes": torch.distributed.get_world_size() if is_group else 1,
+        "ram_proportional_above_baseline_bytes": _above(proportional_bytes, baseline),
+    }
 
 
 def cold_figures(args: argparse.Namespace, cold: ColdCallback, figures: dict[str, Any]) -> dict[str, Any]:
@@ -303,8 +335,9 @@ def main(argv: list[str] | None = None) -> None:
         record = run(args, Path(scratch))
     line = json.dumps(record, default=str)
     if args.output is not None:
+        output = rank_path(args.output, record["rank"])
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("a", encoding="utf-8") as file:
+        with output.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line)
     sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -27,6 +28,9 @@ def _child(act: Act, rank: int, barrier: Barrier, environment: Mapping[str, str]
     except BaseException as error:  # noqa: BLE001 - whatever it was is shown in the parent
         pipe.send((False, f"{type(error).__name__}: {error}"))
     pipe.close()
+    for thread in threading.enumerate():
+        if thread.name == "hf_lema-offer":  # as a process that ends by itself does
+            thread.join(local_ranks.EXIT_WAIT_S)
     os._exit(0)  # no test framework's own ends in a child
 
 

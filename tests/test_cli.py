@@ -228,6 +228,24 @@ def test_plan_shows_where_memory_goes_and_ends_in_one_line_of_json(capsys: pytes
     assert plans["lema"]["vram_bytes"] < plans["peft"]["vram_bytes"]
 
 
+def test_plan_of_several_processes_says_what_they_share_and_what_it_assumes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = ["plan", "smollm2-135m", "--card", "T4", "--ram", "12.7GiB", "--batch-size", "2", "--seq-len", "64"]
+    assert cli.main([*job, "--num-processes", "2", "--num-hosts", "2", "--network", "10", "--json"]) == 0
+    *text, line = capsys.readouterr().out.splitlines()
+    shown = "\n".join(text)
+    assert "RAM of all 2" in shown
+    assert "tokens/s of all 4" in shown
+    assert "2 processes on each of 2 machines" in shown
+    assert "a network of 10 Gbit/s" in shown
+    plan = json.loads(line)["plans"][0]
+    assert plan["launch"] | {"num_processes": 2, "num_hosts": 2, "network_bytes_per_s": 1.25e9} == plan["launch"]
+    assert plan["bucket_bytes"] > 0
+    assert plan["time"]["all_reduce_s"] == pytest.approx(1.5 * plan["bucket_bytes"] / 1.25e9)
+    assert plan["host_group_bytes"] < 2 * plan["host_private_bytes"]
+
+
 def test_plan_of_an_unknown_card_names_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "smollm2-135m", "--card", "Voodoo2"]) == 1
     assert "there are P100" in capsys.readouterr().err

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_lema"
 ROOMS: dict[str, set[str]] = {
     "units": set(),
     "choices": set(),
+    "planning/data_parallel": set(),
     "planning/memory_plan": set(),
     "config": set(),
     "capability": set(),

@@ -5,7 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -157,3 +161,49 @@ def test_two_launches_with_the_same_address_are_refused_and_the_next_offer_has_a
         OfferServer(group(0), "model")
     for server in (first, second):
         server.refuse(ValueError("done"))
+
+
+@pytest.mark.usefixtures("same_parent")
+def test_a_first_rank_that_ends_at_once_still_serves_those_that_come_late() -> None:
+    script = (
+        "import os, sys\n"
+        "os.getppid = lambda: 7\n"
+        "from hf_lema.runtime.local_ranks import LocalGroup, Offer, OfferServer\n"
+        "OfferServer(LocalGroup(rank=0, size=2), 'model').answer(Offer(tier='disk'))\n"
+        "print('done', flush=True)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "done\n"
+        time.sleep(0.3)  # its main thread has nothing left to do
+        assert first.poll() is None
+        assert receive_offer(group(1), "model", timeout_s=20) == Offer(tier="disk")
+        assert first.wait(20) == 0
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_another_users_process_is_neither_served_nor_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = iter([os.getuid() + 1, os.getuid()])
+    monkeypatch.setattr(local_ranks, "_user_of", lambda _: next(users))
+    server = OfferServer(group(0), "model")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as friend,
+    ):
+        local_ranks._num_offers.clear()
+        address = group(1).address("model")
+        stranger.connect(address)
+        friend.connect(address)
+        server.answer(Offer(tier="disk")).join(20)
+        assert stranger.recv(100) == b""
+        assert friend.recv(100) == b'{"tier": "disk"}'
+    users = iter([os.getuid() + 1])
+    local_ranks._num_offers.clear()
+    server = OfferServer(group(0), "model")
+    local_ranks._num_offers.clear()
+    with pytest.raises(RuntimeError, match="not trusted"):
+        receive_offer(group(1), "model", timeout_s=20)
+    server._socket.close()

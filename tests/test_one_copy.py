@@ -135,6 +135,14 @@ def test_another_rank_that_is_killed_while_loading_neither_stops_nor_delays_the_
     assert third == first
 
 
+def maps_something(pid: int) -> bool:
+    """Whether a process has memory: one that is gone, or waits to be buried, has none."""
+    try:
+        return bool(Path(f"/proc/{pid}/smaps").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_the_memory_outlives_the_rank_that_made_it_and_is_held_by_nobody_else(folder: Path) -> None:
     first_pid = FORK.Value("i", 0)
 
@@ -146,7 +154,7 @@ def test_the_memory_outlives_the_rank_that_made_it_and_is_held_by_nobody_else(fo
         barrier.wait(60)
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        while (Path(f"/proc/{first_pid.value}/smaps")).read_text():  # a zombie maps nothing
+        while maps_something(first_pid.value):
             time.sleep(0.05)
         return loss_of(model) == before, shared_memory_bytes()["Pss"] / get_streamer(model).host_store.held_bytes
 

@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 from hf_lema import LemaConfig, get_streamer
 from hf_lema.planning import rehearsal
 from hf_lema.planning.blueprint import draw, nf4_bytes, packed_weights, sort_tensors
+from hf_lema.planning.data_parallel import Launch
 from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates, find_rates, measure_rates
 from hf_lema.planning.memory_plan import MemoryPlan
 from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Kernels, allocated_bytes
@@ -398,6 +399,56 @@ def test_13b_on_a_host_of_29_gib_has_most_layers_in_ram_and_the_others_in_files(
     assert card.time.forward_moving_s < found.time.forward_moving_s
     everything_in_ram = best_plan(cost, LemaConfig(vram_budget="auto", ram_budget=40 * GIB), options)
     assert card.time.step_s == pytest.approx(everything_in_ram.time.step_s, rel=0.05)
+
+
+def test_ddp_adds_its_buckets_to_every_contender_and_the_time_to_sum_them(small_cost: StepCost) -> None:
+    one, two = (
+        best_plan(small_cost, LemaConfig(vram_budget="min"), dataclasses.replace(PLENTY, num_processes=n))
+        for n in (1, 2)
+    )
+    gradient_bytes = sum(count * itemsize for count, itemsize in small_cost.tensors.trainable)
+
+    assert (one.bucket_bytes, one.time.all_reduce_s) == (0, 0.0)
+    assert two.bucket_bytes == gradient_bytes
+    assert two.vram_bytes == one.vram_bytes + gradient_bytes
+    # A ring of two: each sends its gradients once, 2 (n - 1) / n of them, over the bus.
+    assert two.time.all_reduce_s == pytest.approx(gradient_bytes / small_cost.rates.h2d_bytes_per_s)
+    assert two.time.step_s == pytest.approx(one.time.step_s + two.time.all_reduce_s)
+    assert two.tokens_per_s == pytest.approx(2 * two.batch_size * two.seq_len / two.time.step_s)
+    own_bytes = two.host.private_bytes - two.host.slab_bytes
+    assert two.host_group_bytes == two.host.slab_bytes + 2 * own_bytes
+
+
+def test_a_bus_or_ram_that_cards_share_is_slower_for_each() -> None:
+    rates = DATA_SHEETS["H100"]
+
+    assert Launch(num_processes=8).shared(rates).h2d_bytes_per_s == rates.h2d_bytes_per_s
+    assert Launch(num_processes=8, cards_per_bus=2).shared(rates).h2d_bytes_per_s == rates.h2d_bytes_per_s / 2
+    assert Launch(num_processes=1, cards_per_bus=2).shared(rates).h2d_bytes_per_s == rates.h2d_bytes_per_s
+    bound = Launch(num_processes=8, ram_bytes_per_s=200e9).shared(rates)
+    assert (bound.h2d_bytes_per_s, bound.duplex_bytes_per_s) == (25e9, 25e9)
+    assert bound.half_flop_per_s == rates.half_flop_per_s
+
+
+def test_gradients_are_summed_at_the_rate_of_the_slowest_link() -> None:
+    rates = DATA_SHEETS["H100"]
+    num_bytes = 10**9
+
+    assert Launch(num_processes=8, link_bytes_per_s=450e9).all_reduce_s(num_bytes, rates) == pytest.approx(1.75 / 450)
+    two_hosts = Launch(num_processes=8, num_hosts=2, link_bytes_per_s=450e9, network_bytes_per_s=12.5e9)
+    assert two_hosts.world_size == 16
+    assert two_hosts.all_reduce_s(num_bytes, rates) == pytest.approx(2 * 15 / 16 / 12.5)
+    assert "a network of 100 Gbit/s" in two_hosts.describe()
+    with pytest.raises(ValueError, match="num_hosts"):
+        Launch(num_hosts=0)
+
+
+def test_the_streamed_step_follows_the_bus_that_two_cards_share(small_cost: StepCost) -> None:
+    def moving_s(launch: Launch) -> float:
+        options = dataclasses.replace(PLENTY, num_processes=2, launch=launch, boundaries="vram")
+        return best_plan(small_cost, LemaConfig(vram_budget="min"), options).time.forward_moving_s
+
+    assert moving_s(Launch(cards_per_bus=2)) == pytest.approx(2 * moving_s(Launch()))
 
 
 def test_processes_share_the_slab_and_not_their_boundaries(small_cost: StepCost) -> None:

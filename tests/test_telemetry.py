@@ -350,15 +350,20 @@ def test_the_console_can_be_silent(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Step " not in capsys.readouterr().out
 
 
-def test_another_process_than_the_main_one_neither_prints_nor_writes(
+def test_another_process_than_the_main_one_prints_nothing_and_writes_a_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: False)
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
     callback = MemoryTelemetryCallback(tmp_path / "telemetry.jsonl")
     tiny_trainer(tmp_path, [callback]).train()
     assert "Step " not in capsys.readouterr().out
     assert not (tmp_path / "telemetry.jsonl").exists()
-    assert len(callback.records) == 4
+    environment, *lines = read_lines(tmp_path / "telemetry.rank1.jsonl")
+    assert (environment["process_rank_unitless"], environment["num_processes"]) == (1, 2)
+    assert environment["numa_node_unitless"] is None
+    assert sum(line["kind"] == "step" for line in lines) == len(callback.records) == 4
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -463,6 +468,7 @@ def test_a_streamed_model_adds_what_its_steps_moved(tmp_path: Path, monkeypatch:
     for record in callback.records:
         assert (record.num_hits, record.num_demand_loads, record.wait_s) == (6, 2, 1.0)
         assert (record.disk_bytes, record.h2d_bytes) == (10, 2 * GIB)
+        assert record.bus_bytes_per_s == pytest.approx(2 * GIB / record.step_s)
     with_loss = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["step"] for log in with_loss] == [2, 4]
     for log in with_loss:  # each tells the two steps since the log before

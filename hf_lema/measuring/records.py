@@ -89,9 +89,14 @@ class StepRecord(PeakMemory):
         """Tokens of this step over its wall time."""
         return None if self.num_tokens is None or self.step_s <= 0 else self.num_tokens / self.step_s
 
+    @property
+    def bus_bytes_per_s(self) -> float | None:
+        """Layer bytes that this process moved to its device, over the step's wall time, optimizer included."""
+        return None if self.h2d_bytes is None or self.step_s <= 0 else self.h2d_bytes / self.step_s
+
     def to_dict(self) -> dict[str, Any]:
         """All figures by name, ready for JSON."""
-        return super().to_dict() | {"tokens_per_s": self.tokens_per_s}
+        return super().to_dict() | {"tokens_per_s": self.tokens_per_s, "bus_bytes_per_s": self.bus_bytes_per_s}
 
 
 def merged_peak(records: Sequence[PeakMemory]) -> PeakMemory:
@@ -137,6 +142,8 @@ def interval_figures(records: Sequence[StepRecord]) -> dict[str, float]:
     for name in ("h2d", "disk"):
         if (num_bytes := _sum(records, f"{name}_bytes")) is not None:
             figures[f"{name}_per_step_gib"] = round(to_gib(num_bytes / num_steps), 4)
+    if (num_bytes := _sum(records, "h2d_bytes")) is not None and interval_s > 0:
+        figures["bus_gib_per_s"] = round(to_gib(num_bytes / interval_s), 4)
     if (wait_s := _sum(records, "wait_s")) is not None:
         figures["wait_per_step_s"] = round(wait_s / num_steps, 4)
     return figures

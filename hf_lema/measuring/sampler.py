@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 _PROC_STATUS = Path("/proc/self/status")
+_PROC_ROLLUP = Path("/proc/self/smaps_rollup")
 _JOIN_LIMIT_S = 10.0
 
 
@@ -84,6 +85,28 @@ def read_process_memory(status_path: Path = _PROC_STATUS) -> ProcessMemory:
         shmem_bytes=bytes_by_name.get("RssShmem"),
         file_bytes=bytes_by_name.get("RssFile"),
     )
+
+
+def read_proportional_private_bytes(rollup_path: Path = _PROC_ROLLUP) -> int | None:
+    """Anonymous and shared-memory pages of this process, each divided by the number of processes that map it.
+
+    Summed over processes, a page that they share counts once. The kernel walks all mappings for it, 0.1 s for some ten
+    GiB: nothing to do inside a step.
+
+    Args:
+        rollup_path: A file in the form of ``/proc/self/smaps_rollup`` (proc(5)).
+
+    Returns:
+        Bytes; None where the kernel does not tell the kinds apart (before Linux 5.9).
+    """
+    try:
+        text = rollup_path.read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+    kib = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
+    if "Pss_Anon" not in kib:
+        return None
+    return 1024 * (int(kib["Pss_Anon"]) + int(kib["Pss_Shmem"]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from hf_lema.measuring.records import (
 )
 from hf_lema.measuring.sampler import MemorySample, MemorySampler, ProcessMemory, read_process_memory
 from hf_lema.measuring.vram_meter import AllocatorPeak, VramMeter, open_vram_meter
+from hf_lema.runtime.numa import node_of_card
 from hf_lema.units import format_bytes
 from hf_lema.wrapper import find_streamer
 
@@ -107,12 +108,13 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
     resumed with other files is refused before its first step. (To tell files apart by every byte they are read once, at
     the first checkpoint.)
 
-    Trainer's logs gain the interval since the last log: peaks, means per step, and tokens per second. In a distributed
-    run every process measures itself; only the main process prints and writes.
+    Trainer's logs gain the interval since the last log: peaks, means per step, tokens per second and the bus rate. In a
+    distributed run every process measures itself and writes a file of its own; only the main process prints.
 
     Args:
         path: File for JSON lines: an environment line at each start of training, then one line a step and one a log,
-            at the end a summary; flushed line by line. An existing file is continued, never cut.
+            at the end a summary; flushed line by line. An existing file is continued, never cut. The main process
+            of a distributed run writes ``steps.jsonl``, the others ``steps.rank1.jsonl`` and so on.
         warn_fraction: Share of the card, or of the limit set for this process, above which a warning is logged, once
             per crossing.
         sample_interval_s: Seconds between the sampler thread's readings.
@@ -160,8 +162,9 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         self._num_tokens_at_start = 0
         self._step_start: _Counters | None = None
         self._num_records_logged = 0
+        self._environment: dict[str, Any] = {}
         self._is_above_threshold = False
-        self._is_main_process = False
+        self._process_rank = 0
 
     @classmethod
     def attach(cls, trainer: Trainer, path: str | Path | None = None, **options: Any) -> MemoryTelemetryCallback:
@@ -254,7 +257,8 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         self._base_guard.begin(model, stored[0] if isinstance(stored, list) else stored)
         self.records, self.peak, self._num_records_logged = [], None, 0
         self._is_above_threshold = False
-        self._is_main_process = state.is_world_process_zero
+        self._process_rank = args.process_index
+        self._environment = _process_record(args)
         self._meter = open_vram_meter(args.device)
         self._streamer = find_streamer(model)
         self._tokens = _TokenCounter()
@@ -410,25 +414,44 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
     # Writing.
 
     def _session_record(self, state: TrainerState) -> dict[str, Any]:
-        return environment_record() | {
-            "vram_process_source": None if self._meter is None else self._meter.source,
-            "ram_baseline_private_bytes": self._ram_baseline.private_bytes,
-            "sample_interval_s": self._sample_interval_s,
-            "num_steps_done": state.global_step,
-            "num_steps_planned": state.max_steps,
-            "is_streamed": self._streamer is not None,
-        }
+        return (
+            environment_record()
+            | self._environment
+            | {
+                "vram_process_source": None if self._meter is None else self._meter.source,
+                "ram_baseline_private_bytes": self._ram_baseline.private_bytes,
+                "sample_interval_s": self._sample_interval_s,
+                "num_steps_done": state.global_step,
+                "num_steps_planned": state.max_steps,
+                "is_streamed": self._streamer is not None,
+            }
+        )
 
     def _write_line(self, kind: str, figures: dict[str, Any]) -> None:
-        if self.path is None or not self._is_main_process:
+        if self.path is None:
             return
-        append_json_line(self.path, {"kind": kind} | figures)
+        append_json_line(rank_path(self.path, self._process_rank), {"kind": kind} | figures)
 
     def _print_line(self, state: TrainerState, loss: float, interval: list[StepRecord]) -> None:
         if not self._console or not state.is_world_process_zero:
             return
         line = progress_line(state.global_step, state.max_steps, loss, merged_peak(interval))
         tqdm.write(line, file=sys.stdout)  # above the progress bar, not through it
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """The file that a process of a distributed run writes."""
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def _process_record(args: TrainingArguments) -> dict[str, Any]:
+    """Which process of the run this is, and what its card is next to."""
+    return {
+        "num_processes": args.world_size,
+        "process_rank_unitless": args.process_index,
+        "local_process_rank_unitless": args.local_process_index,
+        "numa_node_unitless": node_of_card(args.device),
+    }
 
 
 def _num_tokens_between(start: _Counters, end: _Counters) -> int | None:

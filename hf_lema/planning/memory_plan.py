@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_lema.choices import StepChoices
+from hf_lema.planning.data_parallel import Launch
 
 Place = Literal["vram", "ram"]
 
@@ -53,6 +54,7 @@ class StepTime:
         backward_moving_s: What the bus, or the disk, takes meanwhile.
         ends_s: Embedding, head and loss, both ways.
         update_s: The optimizer.
+        all_reduce_s: Summing gradients over all processes.
     """
 
     forward_compute_s: float
@@ -61,6 +63,7 @@ class StepTime:
     backward_moving_s: float
     ends_s: float
     update_s: float
+    all_reduce_s: float = 0.0
 
     @property
     def forward_s(self) -> float:
@@ -75,7 +78,7 @@ class StepTime:
     @property
     def step_s(self) -> float:
         """Seconds of a whole step."""
-        return self.forward_s + self.backward_s + self.ends_s + self.update_s
+        return self.forward_s + self.backward_s + self.ends_s + self.update_s + self.all_reduce_s
 
     @property
     def is_bound_by_compute(self) -> bool:
@@ -108,8 +111,12 @@ class HostBytes:
     @property
     def private_bytes(self) -> int:
         """What is taken of RAM: everything but files."""
-        others_bytes = self.ring_bytes + self.boundary_bytes + self.embedding_bytes + self.optimizer_bytes
-        return self.slab_bytes + others_bytes
+        return self.group_bytes(1)
+
+    def group_bytes(self, num_processes: int) -> int:
+        """What several processes of a machine take together: one copy of the layers, the rest for each."""
+        own_bytes = self.ring_bytes + self.boundary_bytes + self.embedding_bytes + self.optimizer_bytes
+        return self.slab_bytes + num_processes * own_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +145,14 @@ class MemoryPlan:
         other_bytes: Norms, buffers and what else is never streamed.
         adapter_bytes: Trainable tensors.
         optimizer_bytes: State of the optimizer.
+        bucket_bytes: Of DDP: its copy of the gradients.
         workspace_bytes: Of cuBLAS.
         phases: Moments at which the step may peak.
         context_bytes: CUDA context and libraries, beside the allocator, not in `vram_bytes`.
         host: Host memory.
         h2d_bytes: Bytes that a step moves to the device.
         time: Lower bound of the step's time.
+        launch: The processes; bytes and seconds are those of each.
     """
 
     contender: str
@@ -164,12 +173,24 @@ class MemoryPlan:
     other_bytes: int
     adapter_bytes: int
     optimizer_bytes: int
+    bucket_bytes: int
     workspace_bytes: int
     phases: tuple[Phase, ...]
     context_bytes: int
     host: HostBytes
     h2d_bytes: int
     time: StepTime
+    launch: Launch
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all processes a second, at most."""
+        return self.launch.world_size * self.batch_size * self.seq_len / self.time.step_s
+
+    @property
+    def host_group_bytes(self) -> int:
+        """RAM that the processes of a machine take together."""
+        return self.host.group_bytes(self.launch.num_processes)
 
     @property
     def choices(self) -> StepChoices:
@@ -186,7 +207,7 @@ class MemoryPlan:
     def always_bytes(self) -> int:
         """Bytes that are there through the whole step."""
         weights = self.slots_bytes + self.resident_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes
-        return weights + self.adapter_bytes + self.optimizer_bytes + self.workspace_bytes
+        return weights + self.adapter_bytes + self.optimizer_bytes + self.bucket_bytes + self.workspace_bytes
 
     @property
     def peak(self) -> Phase:

@@ -131,7 +131,8 @@ def _advice(plan: MemoryPlan, limit_bytes: int, cost: StepCost) -> str:
 
 
 def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
-    peak = plan.peak
+    peak, launch = plan.peak, plan.launch
+    is_group = launch.world_size > 1
     layers = f"{len(plan.resident_layers)} of {plan.num_layers}"
     return [
         ("slots", format_bytes(plan.slots_bytes)),
@@ -140,6 +141,7 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("norms, buffers", format_bytes(plan.other_bytes)),
         ("adapter", format_bytes(plan.adapter_bytes)),
         ("optimizer", format_bytes(plan.optimizer_bytes)),
+        *([("DDP's buckets", format_bytes(plan.bucket_bytes))] if is_group else []),
         ("cuBLAS workspace", format_bytes(plan.workspace_bytes)),
         ("peaks in", peak.name),
         ("- boundary activations", format_bytes(peak.boundary_bytes)),
@@ -149,6 +151,7 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("CUDA context", format_bytes(plan.context_bytes)),
         ("RAM", format_bytes(plan.host.private_bytes)),
         ("- page-locked", format_bytes(plan.host.page_locked_bytes)),
+        *([(f"RAM of all {launch.num_processes}", format_bytes(plan.host_group_bytes))] if is_group else []),
         ("left in files", format_bytes(plan.host.file_backed_bytes)),
         ("micro-batch", str(plan.micro_batch_size)),
         ("layers rest in", plan.tier),
@@ -156,7 +159,9 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("moved a step", format_bytes(plan.h2d_bytes)),
         ("forward", _phase_text(plan.time.forward_compute_s, plan.time.forward_moving_s)),
         ("backward", _phase_text(plan.time.backward_compute_s, plan.time.backward_moving_s)),
+        *([("summing gradients", f"{plan.time.all_reduce_s:.3g} s")] if is_group else []),
         ("step, at least", f"{plan.time.step_s:.3g} s"),
+        *([(f"tokens/s of all {launch.world_size}", f"{plan.tokens_per_s:.4g}")] if is_group else []),
     ]
 
 
@@ -204,6 +209,7 @@ def format_comparison(comparison: PlanComparison) -> str:
             *verdicts,
             *comparison.advice,
             _optimizer_text(comparison.optimizers),
+            *([first.launch.describe()] if first.launch.world_size > 1 else []),
             f"Times are lower bounds from {rates.origin} rates ({rates.name}).",
         ]
     )
@@ -229,6 +235,8 @@ def plan_as_dict(plan: MemoryPlan) -> dict[str, Any]:
         "always_bytes": plan.always_bytes,
         "peak_phase": plan.peak.name,
         "host_private_bytes": plan.host.private_bytes,
+        "host_group_bytes": plan.host_group_bytes,
+        "tokens_per_s": plan.tokens_per_s,
         "step_s": plan.time.step_s,
         "is_bound_by_compute": plan.time.is_bound_by_compute,
     }

@@ -134,6 +134,7 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
         is_checkpointed: Whether gradient checkpointing is on.
     """
     visits, ends, tensors = cost.stock_visits(is_checkpointed), cost.ends(False), cost.tensors
+    launch = cost.options.launch
     return MemoryPlan(
         contender="qlora" if cost.options.is_packed else "peft",
         model=cost.name,
@@ -153,6 +154,7 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
         other_bytes=tensors.other_bytes,
         adapter_bytes=tensors.adapter_bytes,
         optimizer_bytes=cost.optimizer_bytes.vram_bytes,
+        bucket_bytes=launch.bucket_bytes(cost.gradient_bytes()),
         workspace_bytes=cost.rates.workspace_bytes,
         phases=cost.phases(visits, ends, in_ring=False),
         context_bytes=cost.rates.context_bytes,
@@ -173,7 +175,9 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
             backward_moving_s=0.0,
             ends_s=cost.ends_s(ends, 0),
             update_s=cost.update_s(),
+            all_reduce_s=launch.all_reduce_s(cost.gradient_bytes(), launch.shared(cost.rates)),
         ),
+        launch=launch,
     )
 
 
@@ -182,6 +186,9 @@ class _Search:
 
     def __init__(self, cost: StepCost, config: LemaConfig, options: PlanOptions) -> None:
         self._cost, self._config, self._options = cost, config, options
+        self._launch = options.launch
+        if self._launch.num_processes > 1:
+            self._cost = cost.at(self._launch.shared(cost.rates))
         self._layers = tuple(sorted(cost.tensors.layer_bytes))
         self._layer_bytes = max(cost.tensors.layer_bytes.values(), default=0)
         self._slot_bytes = allocated_bytes(self._layer_bytes)
@@ -266,8 +273,7 @@ class _Search:
         """Whether slab, ring and what every process has of its own fit; ``"min"`` says nothing about the latter."""
         if self._ram_bytes is None:
             return True
-        own_bytes = plan.host.private_bytes - plan.host.slab_bytes
-        return plan.host.slab_bytes + own_bytes * self._options.num_processes <= self._ram_bytes
+        return plan.host_group_bytes <= self._ram_bytes
 
     def _ram_message(self) -> str:
         return (
@@ -322,12 +328,14 @@ class _Search:
             other_bytes=tensors.other_bytes,
             adapter_bytes=tensors.adapter_bytes,
             optimizer_bytes=cost.optimizer_bytes.vram_bytes,
+            bucket_bytes=self._launch.bucket_bytes(cost.gradient_bytes()),
             workspace_bytes=cost.rates.workspace_bytes,
             phases=cost.phases(visits, ends, in_ring=choice.boundaries == "ram"),
             context_bytes=cost.rates.context_bytes,
             host=host,
             h2d_bytes=h2d_bytes,
             time=time,
+            launch=self._launch,
         )
 
     def _ends(self, choice: _Choice) -> PartCost:
@@ -376,6 +384,7 @@ class _Search:
             backward_moving_s=cost.moving_s(backward_bytes + boundary_bytes, 0, disk_share * backward_bytes),
             ends_s=cost.ends_s(self._ends(choice), head_bytes),
             update_s=cost.update_s(),
+            all_reduce_s=self._launch.all_reduce_s(cost.gradient_bytes(), cost.rates),
         )
         return time, int(forward_bytes + backward_bytes) + boundary_bytes + head_bytes
 

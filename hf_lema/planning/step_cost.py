@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hf_lema.planning.blueprint import TensorBytes, draw, packed_weights, sort_tensors
+from hf_lema.planning.data_parallel import Launch
 from hf_lema.planning.device_rates import DeviceRates
 from hf_lema.planning.memory_plan import Phase, Place
 from hf_lema.planning.optimizers import FUSED, OptimizerBytes, optimizer_bytes
@@ -40,7 +41,8 @@ class PlanOptions:
         double_quantization: Whether the scales of NF4 are quantized too.
         gradient_accumulation_steps: As in ``TrainingArguments``; above 1 gradients are there in every phase.
         optim: One of `OPTIMIZERS`, as in ``TrainingArguments``.
-        num_processes: Processes on the machine; they share one slab.
+        num_processes: Processes on each machine; they share one slab.
+        launch: Machines and links beside that; ``num_processes`` counts, not the one in it.
         micro_batch_size: Fixed instead of chosen; None to choose.
         boundaries: Fixed place of boundary activations; None to choose.
         embedding_and_head: Fixed place of these; None to choose.
@@ -57,6 +59,7 @@ class PlanOptions:
     gradient_accumulation_steps: int = 1
     optim: str = FUSED
     num_processes: int = 1
+    launch: Launch = field(default_factory=Launch)
     micro_batch_size: int | None = None
     boundaries: Place | None = None
     embedding_and_head: Place | None = None
@@ -68,6 +71,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4"):
             raise ValueError(f'quantization is {self.quantization!r}, expected None or "nf4"')
+        object.__setattr__(self, "launch", replace(self.launch, num_processes=self.num_processes))
 
     @property
     def is_packed(self) -> bool:
@@ -179,6 +183,10 @@ class StepCost:
     def optimizer_bytes(self) -> OptimizerBytes:
         """The optimizer's state."""
         return optimizer_bytes(self.options.optim, self.tensors.trainable)
+
+    def gradient_bytes(self) -> int:
+        """Gradients that DDP sums over all processes."""
+        return sum(count * itemsize for count, itemsize in self.tensors.trainable)
 
     # ---- visits ----
 

@@ -104,7 +104,8 @@ def _planned_vram(name: str, plan: Plan) -> dict[str, int]:
         raise ValueError(f"the memory plan of {name} has no phase")
     peak = max(phases, key=lambda phase: sum(_field(name, phase, field) for field in _AT_THE_PEAK.values()))
     parts |= {part: peak[field] for part, field in _AT_THE_PEAK.items()}
-    return parts | {CONTEXT: _field(name, plan, "context_bytes")}
+    # Plans of records that are older have no such part.
+    return parts | {"DDP's buckets": plan.get("bucket_bytes", 0), CONTEXT: _field(name, plan, "context_bytes")}
 
 
 def _field(name: str, plan: Plan, field: str) -> Any:

@@ -11,6 +11,7 @@ Such a socket has no permissions, so both sides ask the kernel who the other one
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -24,6 +25,9 @@ from dataclasses import dataclass
 
 CONNECT_TIMEOUT_S = 600.0
 """Longest wait for the first rank to begin with the same model; importing and building may take it minutes."""
+
+EXIT_WAIT_S = 30.0
+"""Longest wait of a first rank that ends for those that have not come yet."""
 
 _RETRY_S = 0.05
 _MAX_MESSAGE_BYTES = 65536
@@ -103,6 +107,8 @@ class OfferServer:
             target=self._serve, args=(message, offer.descriptor), name="hf_lema-offer", daemon=True
         )
         thread.start()
+        # A first rank that is done at once must not leave before the others have what it offers.
+        atexit.register(thread.join, EXIT_WAIT_S)
         return thread
 
     def refuse(self, error: BaseException) -> None:
