@@ -26,7 +26,7 @@ help:
 	@echo "make test-integration  set up, then only the tests that go through transformers, peft, accelerate and trl"
 	@echo "make test-gpu          set up, then the tests that need a CUDA device"
 	@echo "make quality           set up, then ruff (rules and format) and mypy"
-	@echo "make notebooks         set up, then run every notebook from top to bottom"
+	@echo "make notebooks         set up, then run every notebook from top to bottom, small, on the CPU"
 	@echo "make install           set up for the recipes; make venv: only the empty virtual environment"
 	@echo "make clean             remove caches, build output and .venv"
 
@@ -50,10 +50,8 @@ quality: $(STAMPS)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-notebooks: $(STAMPS)/dev
-	@set -e; found=$$(find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' | sort); \
-	[ -n "$$found" ] || echo "notebooks/ holds no notebook"; \
-	for notebook in $$found; do echo "$$notebook"; $(BIN)/jupyter-execute "$$notebook"; done
+notebooks: $(STAMPS)/test
+	$(BIN)/python recipes/run_notebooks.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 import warnings
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # processor time (recipes/LOG.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # addressed to programmers
+    # On CPUs with AVX512-BF16 bitsandbytes 0.50, which PEFT imports, asks every user to install a kernel for inference.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         result = dict(arguments.run(arguments))
     except (ValueError, RuntimeError, OSError, ImportError) as error:

@@ -163,11 +163,11 @@ def test_4_bit_layers_on_a_card_without_kernels_for_them_are_refused(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GeForce GTX 980")
     model, config = build(dtype=torch.float16), LemaConfig(quantization="nf4")
     model.save_pretrained(tmp_path)
+    wrap, source = (
+        (LemaModelWrapper.from_pretrained, str(tmp_path)) if from_checkpoint else (LemaModelWrapper.wrap, model)
+    )
     with pytest.raises(ValueError, match=r"GTX 980.*5\.2.*below 6\.0.*leave quantization out"):
-        if from_checkpoint:
-            LemaModelWrapper.from_pretrained(str(tmp_path), config, device="cuda:0")
-        else:
-            LemaModelWrapper.wrap(model, config, device="cuda:0")
+        wrap(source, config, device="cuda:0")
     assert not isinstance(model, LemaModelWrapper)
 
 

@@ -456,6 +456,14 @@ def test_a_cgroup_above_its_limit_leaves_nothing_rather_than_less(fake_root: Pat
     assert available_host_bytes() == 0
 
 
+def test_a_limit_of_the_address_space_counts(fake_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fake_root / "proc/self").mkdir(parents=True)
+    (fake_root / "proc/self/statm").write_text("1000 10 1 1 0 1 0\n")
+    (fake_root / "proc/self/cgroup").write_text("")
+    monkeypatch.setattr(host_memory.resource, "getrlimit", lambda kind: (5_000 * PAGE, 9_000 * PAGE))
+    assert available_host_bytes() == 4_000 * PAGE
+
+
 def test_what_is_left_on_this_machine_is_plausible() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

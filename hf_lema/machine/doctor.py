@@ -184,7 +184,9 @@ def _bf16(card: Card) -> Finding:
 
 def _four_bit(card: Card) -> Finding:
     needed = ".".join(map(str, FOUR_BIT_CAPABILITY))
-    found = f"bitsandbytes has no kernels below capability {needed}; this card has {'.'.join(map(str, card.capability))}"
+    found = (
+        f"bitsandbytes has no kernels below capability {needed}; this card has {'.'.join(map(str, card.capability))}"
+    )
     return Finding(level="warning", topic="4 bits", found=found, remedy="leave quantization out: fp16 layers stream")
 
 

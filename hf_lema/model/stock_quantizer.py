@@ -67,10 +67,10 @@ def make_quantizer(
 def _refuse_without_kernels(device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < FOUR_BIT_CAPABILITY:
+        own, needed = (".".join(map(str, pair)) for pair in (capability, FOUR_BIT_CAPABILITY))
         raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and "
-            f"bitsandbytes has no 4-bit kernels below {'.'.join(map(str, FOUR_BIT_CAPABILITY))}: leave quantization out "
-            "and load the full-precision checkpoint with dtype=torch.float16"
+            f"{torch.cuda.get_device_name(device)} has compute capability {own}, and bitsandbytes has no 4-bit kernels "
+            f"below {needed}: leave quantization out and load the full-precision checkpoint with dtype=torch.float16"
         )
 
 

@@ -121,8 +121,8 @@ DATA_SHEETS: dict[str, DeviceRates] = {
 }
 """By name. The makers' figures: dense matrix products with float32 sums, no machine reaches them; the time planned with
 them is a bound that real cards miss by a third and more. RTX 3060: half rate is twice the float32 one. P100: its double
-rate for fp16 is that of sums in fp16; PyTorch asks for sums in float32, and they run at the float32 rate (9.3e12). Sizes
-are the nominal ones, but for the two cards that report clearly less to CUDA: P100 15.89 GiB, T4 14.74 GiB."""
+rate for fp16 is that of sums in fp16; PyTorch asks for sums in float32, which run at the float32 rate. Sizes are the
+nominal ones, but for the two cards of which it is known that CUDA sees less: P100 15.89 GiB, T4 14.74 GiB."""
 
 
 def find_rates(name: str) -> DeviceRates:

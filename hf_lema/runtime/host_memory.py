@@ -12,6 +12,7 @@ import ctypes
 import math
 import mmap
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,13 +211,18 @@ class _CudaArray:
 
 
 def available_host_bytes() -> int:
-    """Bytes that this process may still take: the least of the machine's available memory and its cgroups' room.
+    """Bytes that this process may still take: the least of the machine's available memory and the room of its limits.
 
-    Sources: MemAvailable of /proc/meminfo; for the cgroup of this process and every one above it, memory.max and
+    Sources: MemAvailable of /proc/meminfo; the limit of the address space (``ulimit -v``) less the process's size, to
+    which every mapping counts, of a file too; for the cgroup of this process and every one above it, memory.max and
     memory.current (cgroup 2) or memory.limit_in_bytes and memory.usage_in_bytes (cgroup 1), with the group's page cache
     counted as free.
     """
     room: list[int] = [psutil.virtual_memory().available]
+    address_space_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space_bytes != resource.RLIM_INFINITY:
+        num_pages = int((_ROOT / "proc/self/statm").read_text().split()[0])
+        room.append(address_space_bytes - num_pages * PAGE_BYTES)
     for folder, limit_name, usage_name, prefix in _cgroup_folders():
         limit_path = folder / limit_name
         if limit_path.exists() and (limit := limit_path.read_text().strip()) != "max":
