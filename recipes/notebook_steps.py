@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -41,6 +42,9 @@ def set_up(*extras: str) -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")  # a bar of text does as well
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # asks for a package that is for inference
     found = importlib.util.find_spec("hf_lema")
     if found is not None and found.origin is not None and Path(found.origin).parent.parent == CHECKOUT:
         print("hf_lema is installed from this checkout.")
