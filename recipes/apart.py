@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from bench_shapes import ensure_checkpoint
 from training import precision_for
-shape, precision, device, folder = sys.argv[1:]
+shape, precision, device, folder, packed = sys.argv[1:]
 device = torch.device(device)
-print(ensure_checkpoint(shape, None, precision or precision_for(device), Path(folder), device))
+precision = precision or precision_for(device)
+print(ensure_checkpoint(shape, None, precision, Path(folder), device, is_packed=packed == "packed"))
 """
 
 
@@ -36,9 +37,10 @@ def environment_apart() -> dict[str, Any]:
     return record
 
 
-def checkpoint_apart(shape: str, precision: str | None, device: str, folder: Path) -> Path:
+def checkpoint_apart(shape: str, precision: str | None, device: str, folder: Path, is_packed: bool = False) -> Path:
     """The folder of a shape's random checkpoint, written first where it is not there; see ``bench_shapes``."""
-    return Path(_last_line(_CHECKPOINT, shape, precision or "", device, str(folder)))
+    packed = "packed" if is_packed else "whole"
+    return Path(_last_line(_CHECKPOINT, shape, precision or "", device, str(folder), packed))
 
 
 def _last_line(code: str, *arguments: str) -> str:

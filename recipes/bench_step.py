@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from bench_rates import disk_rates, drop_pages, pinned_copy_bytes_per_s, resident_fraction
 from bench_shapes import SHAPES, checkpoint_files, ensure_checkpoint, meta_model, shape_config
-from contender import settle_memory, streamer_details
+from contender import settle_memory
+from contender_result import streamer_details
 from model_builds import build_model
 from torch import nn
 from training import DTYPES, LogCallback, TokenDataset, TrainingPlan, stock_trainer

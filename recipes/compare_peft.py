@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from contender_spec import ContenderSpec
 from default_model import ModelSource, cache_folder, resolve_model
 from duel_options import CONTENDERS, QUICK, command_of, parse_arguments
 from duel_runs import KeptRuns
+from fairness import check_same
 
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.duel_record import duel_from_json
@@ -40,7 +42,11 @@ from hf_lema.units import format_bytes
 __all__ = ["CONTENDERS", "QUICK", "main", "parse_arguments"]
 
 SHAPE_PREFIX = "shape:"
+PACKED_SUFFIX = "-nf4"
 NUM_WARMUP_STEPS = 2
+MIN_RUN_S = 30.0
+"""With less of --time-s left no contender is begun: importing and loading take that long."""
+OUT_OF_TIME = "--time-s is over; the same command goes on here"
 NUM_STEPS_A_LINE = 4
 """Where the output is not a terminal, one progress line is printed for so many steps."""
 
@@ -83,11 +89,14 @@ def resolve_source(args: argparse.Namespace) -> ModelSource:
         return resolve_model(args.model)
     from bench_shapes import SHAPES
 
-    shape = args.model.removeprefix(SHAPE_PREFIX)
+    named = args.model.removeprefix(SHAPE_PREFIX)
+    shape = named.removesuffix(PACKED_SUFFIX)
     if shape not in SHAPES:
-        raise ValueError(f"no shape {shape}; there are {', '.join(SHAPES)}")
-    folder = checkpoint_apart(shape, args.precision, args.device, cache_folder() / "shapes")
-    return ModelSource(name_or_path=str(folder), label=f"{shape} shape, random weights", is_random=True)
+        raise ValueError(f"no shape {shape}; there are {', '.join(SHAPES)}, each with {PACKED_SUFFIX} too")
+    is_packed = shape != named
+    folder = checkpoint_apart(shape, args.precision, args.device, cache_folder() / "shapes", is_packed)
+    how = "in NF4, random weights" if is_packed else "random weights"
+    return ModelSource(name_or_path=str(folder), label=f"{shape} shape, {how}", is_random=True)
 
 
 def job_of(args: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
@@ -105,11 +114,14 @@ def job_of(args: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         "device": args.device,
         "vram_limit_bytes": args.vram_limit,
         "precision": args.precision,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": args.num_processes,
     }
 
 
 def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
     """Runs the contenders one after the other, each alone on the device; what is done already is not repeated."""
+    start_s = time.perf_counter()
     job = job_of(args, source)
     runs = KeptRuns(args.output_dir, job, environment_apart())
     outcomes = []
@@ -119,8 +131,8 @@ def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
             num_steps=args.max_steps,
             is_terminal=sys.stdout.isatty(),
         )
-        if missing := spec.missing_packages():
-            outcomes.append(_skipped(spec, missing))
+        if obstacles := spec.obstacles(args.device, args.num_processes):
+            outcomes.append(_skipped(spec, obstacles))
             line.end(outcomes[-1])
             continue
         if args.fresh:
@@ -130,17 +142,27 @@ def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
             print(f"{line.head} {len(kept)} of {args.runs} runs done before")
         outcomes += kept
         for _ in range(len(kept), args.runs):
+            left_s = time_left_s(args, start_s)
+            if left_s < MIN_RUN_S:
+                outcomes.append(_skipped(spec, [OUT_OF_TIME]))
+                line.end(outcomes[-1])
+                break
             folder = runs.new_folder(spec.name)
             task = job | {"name": spec.name, "folder": str(folder), "spec": vars(spec)}
             line.begin()
-            outcomes.append(run_contender(task, line.show, args.limit_s))
+            outcomes.append(run_contender(task, line.show, min(args.limit_s, left_s)))
             line.end(outcomes[-1])
             runs.keep(spec, outcomes[-1], folder)
     return outcomes
 
 
-def _skipped(spec: ContenderSpec, missing: list[str]) -> Outcome:
-    result = ContenderResult(name=spec.name, status="skipped", reason="; ".join(missing))
+def time_left_s(args: argparse.Namespace, start_s: float) -> float:
+    """What is left of ``--time-s``."""
+    return math.inf if args.time_s is None else args.time_s - (time.perf_counter() - start_s)
+
+
+def _skipped(spec: ContenderSpec, why: list[str]) -> Outcome:
+    result = ContenderResult(name=spec.name, status="skipped", reason="; ".join(why))
     return Outcome(result=result, details={}, environment={}, wall_s=0.0)
 
 
@@ -163,31 +185,11 @@ def settings_of(args: argparse.Namespace, source: ModelSource, outcomes: list[Ou
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "vram_limit_bytes": args.vram_limit,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": args.num_processes,
         "is_quick": args.quick,
+        "is_dry_run": args.dry_run,
     }
-
-
-def check_same(outcomes: list[Outcome]) -> list[str]:
-    """Sentences on what the finished contenders shared, or did not."""
-    finished = [outcome for outcome in outcomes if outcome.result.status == "ok"]
-    if len(finished) < 2:
-        return []
-    batches = {outcome.result.batches_sha256 for outcome in finished}
-    starts = {outcome.details["adapter_start_sha256"] for outcome in finished}
-    sentences = [
-        "All saw the same batches." if len(batches) == 1 else "BEWARE: the contenders did not see the same batches.",
-        "All began with the same adapter, bit for bit."
-        if len(starts) == 1
-        else "BEWARE: the contenders did not begin with the same adapter.",
-    ]
-    if len({outcome.result.num_trainable for outcome in finished}) > 1:
-        sentences.append("BEWARE: the contenders did not train the same number of parameters.")
-    by_end: dict[str, list[str]] = {}
-    for outcome in finished:
-        by_end.setdefault(outcome.details["adapter_end_sha256"], []).append(outcome.result.name)
-    by_end = {digest: list(dict.fromkeys(names)) for digest, names in by_end.items()}  # a contender's runs are one
-    equal = [" and ".join(names) for names in by_end.values() if len(names) > 1]
-    return sentences + [f"After the last step the adapters of {names} are equal, bit for bit." for names in equal]
 
 
 def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[Outcome]) -> None:
@@ -219,7 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     source = resolve_source(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     limit = "" if args.vram_limit is None else f", held to {format_bytes(args.vram_limit)} of VRAM"
-    print(f"{source.label}, {args.batch_size} x {args.seq_len} tokens, {args.max_steps} steps, on {args.device}{limit}")
+    many = "" if args.num_processes == 1 else f" in each of {args.num_processes} processes"
+    batches = f"{args.batch_size} x {args.seq_len} tokens{many}, {args.max_steps} steps"
+    print(f"{source.label}, {batches}, on {args.device}{limit}")
     if args.device == "cpu":
         print("No GPU takes part: memory is compared in RAM, above what the imports take; lema streams from disk.")
         print(

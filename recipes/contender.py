@@ -13,37 +13,32 @@ import ctypes
 import ctypes.util
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from contender_process import PROGRESS_MARK
+from contender_ranks import Ranks, merge_ranks, repeated_shmem_bytes
+from contender_result import make_result, optimizer_facts, planned, stream_notes, streamer_details
 from contender_spec import ContenderSpec, load_contender
 from duel_data import prepare_data
 from model_builds import build_model
 from random_data import RANDOM, random_data
 from torch import nn
-from training import LogCallback, TrainingPlan, adapter_sha256, precision_for, stock_trainer
-from transformers import AutoConfig, AutoTokenizer
+from training import LogCallback, TrainingPlan, adapter_sha256, precision_for, trainer_with, training_arguments
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import MemoryTelemetryCallback, get_streamer
-from hf_lema.measuring.telemetry import (
-    MemorySampler,
-    PeakMemory,
-    ProcessMemory,
-    environment_record,
-    read_process_memory,
-)
-from hf_lema.reporting.report import ContenderResult, UseSample
-
-MAX_SAMPLES = 400
-"""Points of the memory curve that are kept: more than a plot can show."""
+from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
+from hf_lema.reporting.contender import ContenderResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +61,8 @@ class Task:
         folder: Where the contender may write; it is the contender's own.
         precision: A key of ``training.DTYPES``; None for what the device computes best.
         spec: The fields of its `ContenderSpec`; None for those in the file of its name.
+        gradient_accumulation_steps: Batches an optimizer step.
+        num_processes: Of the contender, each with batches of its own.
     """
 
     name: str
@@ -83,6 +80,8 @@ class Task:
     folder: str
     precision: str | None = None
     spec: dict[str, Any] | None = None
+    gradient_accumulation_steps: int = 1
+    num_processes: int = 1
 
     @property
     def contender(self) -> ContenderSpec:
@@ -104,15 +103,16 @@ def settle_memory() -> None:
         ctypes.CDLL(libc).malloc_trim(0)
 
 
-def open_device(task: Task) -> torch.device:
-    """The device, with its context made and the allocator held to the limit.
+def open_device(task: Task, ranks: Ranks | None = None) -> torch.device:
+    """The device of this rank, with its context made and the allocator held to the limit.
 
     Raises:
         ValueError: The limit is larger than the card.
     """
     device = torch.device(task.device)
     if device.type == "cuda":
-        device = torch.device("cuda", 0)
+        device = torch.device("cuda", 0 if ranks is None else ranks.rank)
+        torch.cuda.set_device(device)
         _, total_bytes = torch.cuda.mem_get_info(device)
         if task.vram_limit_bytes is not None:
             if task.vram_limit_bytes > total_bytes:
@@ -122,19 +122,14 @@ def open_device(task: Task) -> torch.device:
     return device
 
 
-def run(task: Task) -> dict[str, Any]:
-    """Trains and returns the result with its details, ready for JSON."""
-    device = open_device(task)
-    plan = TrainingPlan(
-        batch_size=task.batch_size,
-        max_steps=task.max_steps,
-        seed=task.seed,
-        lora_rank=task.lora_rank,
-        learning_rate=task.learning_rate,
-        precision=task.precision or precision_for(device),
-        device_type=device.type,
-        **task.contender.training,
-    )
+def run(task: Task, ranks: Ranks) -> dict[str, Any]:
+    """Trains and returns the result of all ranks with its details, ready for JSON."""
+    device = open_device(task, ranks)
+    plan, notes = training_plan(task, device)
+    spec = task.contender
+    # The arguments first: they make the process group, and DeepSpeed reads them when the model is loaded.
+    args = training_arguments(plan, Path(task.folder), **spec.arguments)
+    trainer_class = load_class(spec.trainer) if spec.trainer else Trainer
     if task.dataset == RANDOM:
         data = random_data(AutoConfig.from_pretrained(task.model).vocab_size, task.seq_len, task.seed)
     else:
@@ -153,30 +148,83 @@ def run(task: Task) -> dict[str, Any]:
     baseline = read_process_memory()
     start_s = time.perf_counter()
     with MemorySampler() as sampler:
-        model = build_model(task.contender, task.model, plan, device)
+        model = build_model(spec, task.model, plan, device)
         loading = sampler.take_peak()
     details |= {"load_s": time.perf_counter() - start_s, "ram_imports_private_bytes": baseline.private_bytes}
     details |= {"ram_imports_rss_bytes": baseline.rss_bytes, "ram_loading_rss_peak_bytes": loading.ram_rss_bytes}
     details |= {"ram_loading_private_peak_bytes": loading.ram_private_bytes}
     details["adapter_start_sha256"] = adapter_sha256(model)
     settle_memory()
-    result, trained = _train(task, plan, model, data.dataset, baseline)
-    if task.contender.build == "lema":
+    trainer, log = make_trainer(task, ranks, model, data.dataset, args, trainer_class)
+    result, trained = _train(task, ranks, trainer, log, baseline)
+    details |= trained
+    if spec.build == "lema":
         get_streamer(model).close()
-    return {"result": result.to_json(), "details": details | trained, "environment": environment_record()}
+    if device.type == "cuda" and not spec.is_launched and not spec.trainer:
+        try:
+            details["plan"] = planned(spec, task.model, plan, task.seq_len, ranks.size, task.vram_limit_bytes)
+        except ValueError as error:
+            notes.append(f"It has no memory plan: {error}")
+    result = dataclasses.replace(result, notes=[*result.notes, *notes, *stream_notes(details), *spec.caveats])
+    return {"result": result.to_json(), "details": details, "environment": environment_record()}
 
 
-def _train(
-    task: Task, plan: TrainingPlan, model: nn.Module, dataset: Any, baseline: ProcessMemory
-) -> tuple[ContenderResult, dict[str, Any]]:
+def training_plan(task: Task, device: torch.device) -> tuple[TrainingPlan, list[str]]:
+    """What is trained, and what the row must say of it.
+
+    Raises:
+        ValueError: The contender would have to train in a precision that the device only emulates.
+    """
+    spec = task.contender
+    precision = asked = task.precision or precision_for(device)
+    notes = []
+    if asked in spec.precision_instead:
+        precision = spec.precision_instead[asked]
+        if precision == "bf16" and precision_for(device) == "fp16":
+            raise ValueError(f"{task.name} cannot train in {asked}, and this card does not compute {precision}")
+        notes.append(f"It cannot train in {asked} and trained in {precision}: its losses are not those of the others.")
+    plan = TrainingPlan(
+        batch_size=task.batch_size,
+        max_steps=task.max_steps,
+        seed=task.seed,
+        lora_rank=task.lora_rank,
+        learning_rate=task.learning_rate,
+        precision=precision,
+        device_type=device.type,
+        gradient_accumulation_steps=task.gradient_accumulation_steps,
+        **spec.training,
+    )
+    return plan, notes
+
+
+def make_trainer(
+    task: Task, ranks: Ranks, model: nn.Module, dataset: Any, args: TrainingArguments, trainer_class: type[Trainer]
+) -> tuple[Trainer, LogCallback]:
+    """The contender's Trainer, which tells the parent of each step.
+
+    Raises:
+        RuntimeError: Accelerate does something else than the contender claims.
+    """
     start_s = time.perf_counter()
 
     def show(num_steps_done: int, loss: float) -> None:
         figures = {"num_steps_done": num_steps_done, "loss": str(loss), "elapsed_s": time.perf_counter() - start_s}
         print(PROGRESS_MARK + json.dumps(figures), flush=True)
 
-    log = LogCallback(show)
-    trainer, collator = stock_trainer(model, plan, dataset, Path(task.folder), log, **task.contender.arguments)
+    log = LogCallback(show if ranks.rank == 0 else None)
+    spec = task.contender
+    trainer, _ = trainer_with(model, args, dataset, log, trainer_class=trainer_class, **spec.trainer_options)
+    found = trainer.accelerator.distributed_type.value
+    if spec.distributed_type and found != spec.distributed_type:
+        raise RuntimeError(f"{task.name} is to train by {spec.distributed_type}, but Accelerate trains by {found}")
+    return trainer, log
+
+
+def _train(
+    task: Task, ranks: Ranks, trainer: Trainer, log: LogCallback, baseline: ProcessMemory
+) -> tuple[ContenderResult, dict[str, Any]]:
+    model = trainer.model
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     telemetry = MemoryTelemetryCallback.attach(
         trainer,
         Path(task.folder) / "telemetry.jsonl",
@@ -184,6 +232,7 @@ def _train(
         ram_baseline=baseline,
         console=False,
     )
+    start_s = time.perf_counter()
     with telemetry:
         trainer.train()
     details: dict[str, Any] = {
@@ -191,76 +240,41 @@ def _train(
         "grad_norm": log.grad_norms,
         "adapter_end_sha256": adapter_sha256(model),
         "device_seen": str(trainer.args.device),
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "optimizer": optimizer_facts(trainer.optimizer),
     }
     if task.contender.build == "lema":
         details |= streamer_details(model)
-    result = make_result(task, model, log, telemetry, baseline, collator.digest(task.max_steps))
-    return dataclasses.replace(result, notes=_notes(details)), details
-
-
-def streamer_details(model: nn.Module) -> dict[str, Any]:
-    """What a streamed model's runtime says of itself."""
-    streamer = get_streamer(model)
-    stats = {f"total_{name}": value for name, value in dataclasses.asdict(streamer.stats()).items()}
-    return stats | {
-        "tier": streamer.host_store.tier,
-        "num_layers": streamer.num_layers,
-        "num_streamed": streamer.num_streamed,
-        "num_resident": streamer.num_resident,
-        "layer_bytes": streamer.layer_bytes,
-        "ram_pinned_bytes": streamer.host_store.pinned_bytes,
-    }
-
-
-def _notes(details: dict[str, Any]) -> list[str]:
-    notes = []
-    if "tier" in details and details["num_streamed"] == 0:
-        notes.append("The budget held every layer: nothing was streamed, so its figures say nothing of streaming.")
-    elif "tier" in details:
-        streamed, layers = details["num_streamed"], details["num_layers"]
-        notes.append(f"{streamed} of {layers} layers were streamed, from the {details['tier']} tier.")
-    return notes
-
-
-def make_result(
-    task: Task,
-    model: nn.Module,
-    log: LogCallback,
-    telemetry: MemoryTelemetryCallback,
-    baseline: ProcessMemory,
-    batches_sha256: str,
-) -> ContenderResult:
-    """Puts the measured figures into the form of the report."""
-    records, peak = telemetry.records, telemetry.peak
-    assert isinstance(peak, PeakMemory), "a finished training has a peak"
-    timed = records[task.num_warmup_steps :]
-    timed_s = sum(record.step_s for record in timed)
-    num_tokens = sum(record.num_tokens or 0 for record in timed)
-    return ContenderResult(
-        name=task.name,
-        status="ok",
-        num_steps=len(records),
-        num_warmup_steps=task.num_warmup_steps,
-        loss=log.losses,
-        step_s=[record.step_s for record in records],
-        tokens_per_s=num_tokens / timed_s if timed_s > 0 else None,
-        vram_allocated_peak_bytes=peak.vram_allocated_peak_bytes,
-        vram_reserved_peak_bytes=peak.vram_reserved_peak_bytes,
-        vram_process_peak_bytes=peak.vram_process_peak_bytes,
-        vram_step_peak_bytes=[r.vram_process_peak_bytes for r in records if r.vram_process_peak_bytes is not None],
+    result = make_result(
+        task.name,
+        task.num_warmup_steps,
+        log.losses,
+        telemetry,
+        baseline,
         vram_card_bytes=card_bytes(task),
-        ram_private_above_imports_peak_bytes=peak.ram_private_above_baseline_peak_bytes,
-        ram_file_peak_bytes=peak.ram_file_peak_bytes,
-        ram_resident_above_imports_peak_bytes=(
-            peak.ram_rss_peak_bytes - baseline.rss_bytes if task.device == "cpu" else None
-        ),
-        h2d_bytes=[record.h2d_bytes for record in records if record.h2d_bytes is not None],
-        disk_bytes=[record.disk_bytes for record in records if record.disk_bytes is not None],
-        wait_s=None if records[0].wait_s is None else sum(record.wait_s or 0.0 for record in records),
-        samples=thin_samples(telemetry, baseline),
-        batches_sha256=batches_sha256,
-        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        batches_sha256=trainer.data_collator.digest(task.max_steps * task.gradient_accumulation_steps),
+        num_trainable=num_trainable,
     )
+    every = ranks.gather((result, repeated_shmem_bytes(), details["adapter_end_sha256"]))
+    results, repeated_bytes, ends = zip(*every, strict=True)
+    if len(set(ends)) > 1:
+        raise RuntimeError(f"the adapters of {ranks.size} processes are not the same after the last step")
+    return merge_ranks(results, repeated_bytes), details | _details_of_ranks(results)
+
+
+def _details_of_ranks(results: Sequence[ContenderResult]) -> dict[str, Any]:
+    """What each process took, where there are several."""
+    if len(results) == 1:
+        return {}
+    names = ("ram_private_above_imports_peak_bytes", "vram_allocated_peak_bytes", "tokens_per_s")
+    return {f"rank_{name}": [getattr(result, name) for result in results] for name in names}
+
+
+def load_class(name: str) -> type[Trainer]:
+    """The class of ``module:Class``."""
+    module, _, attribute = name.partition(":")
+    loaded: type[Trainer] = getattr(importlib.import_module(module), attribute)
+    return loaded
 
 
 def card_bytes(task: Task) -> int | None:
@@ -270,32 +284,17 @@ def card_bytes(task: Task) -> int | None:
     return task.vram_limit_bytes or torch.cuda.mem_get_info()[1]
 
 
-def thin_samples(telemetry: MemoryTelemetryCallback, baseline: ProcessMemory) -> list[UseSample]:
-    """The memory curve in at most ``MAX_SAMPLES`` points, each the peak over its part of the time."""
-    samples = telemetry.samples
-    num_merged = -(-len(samples) // MAX_SAMPLES)
-    thinned = []
-    for begin in range(0, len(samples), max(num_merged, 1)):
-        merged = samples[begin : begin + num_merged]
-        vram_bytes = [s.peak.vram_process_bytes for s in merged if s.peak.vram_process_bytes is not None]
-        ram_bytes = [s.peak.ram_private_bytes for s in merged if s.peak.ram_private_bytes is not None]
-        above_bytes = max(ram_bytes) - (baseline.private_bytes or 0) if ram_bytes else None
-        thinned.append(
-            UseSample(
-                elapsed_s=round(merged[-1].elapsed_s, 3),
-                vram_bytes=max(vram_bytes, default=None),
-                ram_bytes=None if above_bytes is None else max(above_bytes, 0),
-            )
-        )
-    return thinned
-
-
 def main() -> None:
     """Runs the task named on the command line."""
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    output = json.dumps(run(task), allow_nan=False, default=str)
+    ranks = Ranks.find()
+    output = json.dumps(run(task, ranks), allow_nan=False, default=str)
+    if ranks.is_launched:
+        torch.distributed.destroy_process_group()  # with NCCL an exit without it warns, and may hang
+    if ranks.rank > 0:
+        return
     temporary = task.result_path.with_suffix(".part")
     temporary.write_text(output, encoding="utf-8")
     temporary.rename(task.result_path)

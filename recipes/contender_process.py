@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contender_spec import ContenderSpec
+
 from hf_lema.reporting.report import ContenderResult
 
 PROGRESS_MARK = "@progress "
@@ -26,8 +28,14 @@ OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|MemoryError|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC"
 )
 ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b")
+LAUNCHER_ERROR = re.compile(r"ChildFailedError|SignalException")
+RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")
+LAUNCHED_KILLED = re.compile(r"exitcode\s*: -9\b")
+"""torchrun's word for a process of its that was killed."""
 MAX_REASON_CHARS = 300
 KILL_WAIT_S = 10.0
+LAUNCHER_STOP_WAIT_S = 45.0
+"""torchrun waits 30 s for its processes before it kills them."""
 STOP_WAIT_S = 600.0
 """A recipe's row that is interrupted ends its step and writes a checkpoint; a contender just ends."""
 
@@ -64,7 +72,7 @@ def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float, s
     folder = Path(task["folder"])
     task_path = folder / "task.json"
     task_path.write_text(json.dumps(task), encoding="utf-8")
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(task_path)]
+    command = [*_launcher(task), str(Path(__file__).with_name(script)), str(task_path)]
     start_s = time.perf_counter()
     was_late = threading.Event()
     losses: list[float] = []
@@ -89,8 +97,7 @@ def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float, s
             raise
         finally:
             watchdog.cancel()
-            process.kill()  # does nothing to a process that has ended
-            process.wait(KILL_WAIT_S)
+            _end(process)
     wall_s = time.perf_counter() - start_s
     result_path = folder / "result.json"
     if process.returncode == 0 and result_path.is_file():
@@ -103,23 +110,48 @@ def run_contender(task: dict[str, Any], on_progress: Progress, limit_s: float, s
     return Outcome(result=result, details={}, environment={}, wall_s=wall_s)
 
 
+def _launcher(task: dict[str, Any]) -> list[str]:
+    """Python, or torchrun for several processes and for a contender that needs a process group."""
+    num_processes = task.get("num_processes", 1)
+    if num_processes == 1 and not (task.get("spec") or {}).get("is_launched"):
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends it and what it has launched; does nothing to a process that has ended.
+
+    torchrun puts each of its processes into a session of its own: only torchrun itself can end them, when it is told.
+    """
+    if process.poll() is None and "torch.distributed.run" in process.args:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LAUNCHER_STOP_WAIT_S)
+    process.kill()
+    process.wait(KILL_WAIT_S)
+
+
 def _kill_late(process: subprocess.Popen[str], was_late: threading.Event) -> None:
     was_late.set()
-    process.kill()
+    _end(process)
 
 
 def _environment(task: dict[str, Any]) -> dict[str, str]:
-    """One visible GPU: with two, Trainer would wrap the model in DataParallel. On the CPU, threads that sleep."""
+    """One visible GPU a process: with two, Trainer would wrap in DataParallel. On the CPU, threads that sleep."""
     environment = dict(os.environ)
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment["CUDA_VISIBLE_DEVICES"] = visible if task["device"] == "cuda" else ""
+    num_processes = task.get("num_processes", 1)
+    every = ",".join(str(number) for number in range(num_processes))
+    visible = environment.get("CUDA_VISIBLE_DEVICES", every).split(",")[:num_processes]
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible) if task["device"] == "cuda" else ""
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if task["device"] == "cpu":
         # By default OpenMP's threads spin at each of a step's thousands of barriers. On two cores that others used too,
         # a step of the default duel took 25 to 74 s so, and 7 to 20 s with threads that sleep: spinning would measure
         # the neighbours. It holds for every contender, and a value that the user set is kept.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-    return environment | (task.get("spec") or {}).get("environment", {})
+    if task.get("spec") is None:
+        return environment
+    return environment | dict(ContenderSpec(**task["spec"]).for_device(task["device"]).environment)
 
 
 def _follow(process: subprocess.Popen[str], log: Any, losses: list[float], on_progress: Progress) -> None:
@@ -147,8 +179,11 @@ def failed_result(
         late: Why it was stopped from outside, if it was.
     """
     lines = [line.strip() for line in log_text.splitlines() if line.strip()]
-    error = next((line for line in reversed(lines) if ERROR_LINE.match(line)), lines[-1] if lines else "no output")
-    is_killed = return_code == -signal.SIGKILL and late is None
+    lines = [RANK_PREFIX.sub("", line) for line in lines]
+    errors = [line for line in lines if ERROR_LINE.match(line) and not LAUNCHER_ERROR.search(line)]
+    error = errors[-1] if errors else lines[-1] if lines else "no output"
+    was_killed_below = any(LAUNCHED_KILLED.match(line) for line in lines)
+    is_killed = late is None and (return_code == -signal.SIGKILL or was_killed_below)
     if late is not None:
         status, reason = "failed", late
     elif is_killed:

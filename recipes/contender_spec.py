@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_lema import LemaConfig
+
+BUDGET_MARK = "@"
 FOLDER = Path(__file__).with_name("contenders")
 BUILDS = ("stock", "4bit", "lema")
 TRAINING_KEYS = ("gradient_checkpointing",)
+CANNOT_KEYS = ("cpu", "several_processes")
 # What every contender must share, or their figures say nothing of each other.
 SAME_FOR_ALL = (
     "output_dir",
@@ -46,6 +50,14 @@ class ContenderSpec:
         model: Further arguments of ``from_pretrained``.
         training: How it trains where it may differ: ``gradient_checkpointing``.
         arguments: Further fields of ``TrainingArguments``, such as ``deepspeed``; none that all must share.
+        trainer: A subclass of Trainer as ``module:Class``; empty for the stock one.
+        trainer_options: Further arguments of that class.
+        is_launched: Whether it needs a launcher even when it is one process.
+        distributed_type: What Accelerate must say that it does once the training is set up, such as ``FSDP``; empty for
+            no such claim. Accelerate passes over what it cannot do somewhere, and a row must not claim it then.
+        precision_instead: Precision -> the one that it trains in because it cannot do the first; its row says so.
+        cannot: Where it cannot run (``cpu``, ``several_processes``) -> why. It is skipped there, and its row says this.
+        caveats: Sentences that a reader of its row must know.
         environment: Variables of its process.
         needs: Package -> the command that installs it. Without one the contender is skipped, and its row says this.
         on_cpu: The same keys again, put over the others on a machine without a GPU.
@@ -61,6 +73,13 @@ class ContenderSpec:
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    trainer: str = ""
+    trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    is_launched: bool = False
+    distributed_type: str = ""
+    precision_instead: Mapping[str, str] = field(default_factory=dict)
+    cannot: Mapping[str, str] = field(default_factory=dict)
+    caveats: Sequence[str] = field(default_factory=list)
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
     on_cpu: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -75,7 +94,10 @@ class ContenderSpec:
             faults.append(f"training sets {', '.join(unknown)}; it may set {', '.join(TRAINING_KEYS)}")
         if shared := sorted(set(self.arguments) & set(SAME_FOR_ALL)):
             faults.append(f"arguments sets {', '.join(shared)}, which all contenders share")
-        overlaid = {f.name for f in dataclasses.fields(self)} - {"name", "about", "build", "needs", "on_cpu"}
+        if strange := sorted(set(self.cannot) - set(CANNOT_KEYS)):
+            faults.append(f"cannot has {', '.join(strange)}; it may have {', '.join(CANNOT_KEYS)}")
+        mappings = {f.name for f in dataclasses.fields(self) if f.default_factory is dict}
+        overlaid = mappings - {"needs", "cannot", "on_cpu"}
         if strange := sorted(set(self.on_cpu) - overlaid):
             faults.append(f"on_cpu sets {', '.join(strange)}; it may set {', '.join(sorted(overlaid))}")
         if faults:
@@ -91,6 +113,11 @@ class ContenderSpec:
     def missing_packages(self) -> list[str]:
         """For each package that is not installed, a sentence that says how to install it."""
         return [f"{name} is not installed: {how}" for name, how in self.needs.items() if not _is_installed(name)]
+
+    def obstacles(self, device_type: str, num_processes: int) -> list[str]:
+        """Why it cannot take part, a sentence each; none where it can."""
+        here = {"cpu": device_type == "cpu", "several_processes": num_processes > 1}
+        return [f"it {why}" for where, why in self.cannot.items() if here[where]] + self.missing_packages()
 
 
 def _is_installed(distribution: str) -> bool:
@@ -110,11 +137,18 @@ def load_contender(name_or_path: str) -> ContenderSpec:
     """The contender in a file.
 
     Args:
-        name_or_path: Name of a file in ``contenders/``, or a path that ends in ``.json``.
+        name_or_path: Name of a file in ``contenders/``, or a path that ends in ``.json``. ``lema@6GiB`` is the streamed
+            contender ``lema`` at another VRAM budget.
 
     Raises:
         ValueError: There is no such file, or it sets what cannot be set.
     """
+    if (parts := name_or_path.rpartition(BUDGET_MARK))[1] and not name_or_path.endswith(".json"):
+        spec = load_contender(parts[0])
+        if spec.build != "lema":
+            raise ValueError(f"{name_or_path}: only a streamed contender has a budget, and {parts[0]} is not streamed")
+        LemaConfig(vram_budget=parts[2])  # raises where it is no budget
+        return dataclasses.replace(spec, name=name_or_path, lema={**spec.lema, "vram_budget": parts[2]})
     path = Path(name_or_path) if name_or_path.endswith(".json") else FOLDER / f"{name_or_path}.json"
     if not path.is_file():
         known = ", ".join(known_contenders())

@@ -33,7 +33,13 @@ SCENARIO_KEYS = (
     "vram_limit",
     "precision",
     "seed",
+    "gradient_accumulation_steps",
+    "num_processes",
+    "limit_s",
+    "time_s",
 )
+DRY_RUN = {"batch_size": 1, "seq_len": 32, "max_steps": 3, "lora_rank": 2}
+DRY_SHAPE = "tiny"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", help="hub id, .jsonl, .csv, or random; by default 5,000 [LEMA_REPLY] examples")
     names = ", ".join(known_contenders())
-    parser.add_argument("--contenders", nargs="+", type=_specs, help=f"{names}, or a .json file of your own")
+    parser.add_argument(
+        "--contenders", nargs="+", type=_specs, help=f"{names}, lema@6GiB for a VRAM budget, or a .json of your own"
+    )
     parser.add_argument("--batch-size", type=_positive, default=2)
     parser.add_argument("--seq-len", type=_positive, default=96, help="tokens an example")
     parser.add_argument("--max-steps", type=_positive, default=12)
@@ -57,6 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--vram-limit", type=_byte_size, help="hold every contender to a smaller card, such as 16GiB")
     parser.add_argument("--precision", choices=PRECISIONS, help="by default what the device computes best")
+    parser.add_argument(
+        "--gradient-accumulation-steps", type=_positive, default=1, metavar="N", help="batches an optimizer step"
+    )
+    parser.add_argument(
+        "--num-processes", type=_positive, default=1, metavar="N", help="of each contender, by torchrun, a GPU each"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -65,7 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="repeat runs that are done")
     parser.add_argument("--output-dir", type=Path, default=Path("duel-output"))
     parser.add_argument("--quick", action="store_true", help="a smoke run: one example a step, four steps")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help=f"the same job on a {DRY_SHAPE} random model, without a GPU's limit and precision: does all of it work?",
+    )
     parser.add_argument("--limit-s", type=_positive, default=6 * 3600, help="a contender that takes longer is stopped")
+    parser.add_argument("--time-s", type=_positive, help="end after so long; the same command goes on where it ended")
     return parser
 
 
@@ -86,10 +106,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.contenders = [[load_contender(name) for name in CONTENDERS]]
     args.contenders = list({spec.name: spec for specs in args.contenders for spec in specs}.values())
     args.device = _choose_device(args.device, parser)
+    if args.dry_run:
+        _make_dry(args)
+    _check_processes(args, parser)
     if args.device == "cpu" and (args.vram_limit is not None or args.precision == "fp16"):
         what = "--vram-limit" if args.vram_limit is not None else "fp16 training"
         parser.error(f"{what} needs a GPU; this duel runs on the CPU")
     return args
+
+
+def _make_dry(args: argparse.Namespace) -> None:
+    """The same kind of job in the least size; contenders and number of processes stay."""
+    for name, value in DRY_RUN.items():
+        setattr(args, name, min(value, getattr(args, name)))
+    if args.model is not None and args.model.startswith("shape:"):
+        args.model = f"shape:{DRY_SHAPE}" + ("-nf4" if args.model.endswith("-nf4") else "")
+    args.vram_limit = None
+    if args.device == "cpu":
+        args.precision = None
+
+
+def _check_processes(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    import torch
+
+    if args.device == "cuda" and args.num_processes > max(torch.cuda.device_count(), 1):
+        num_gpus = torch.cuda.device_count()
+        parser.error(f"--num-processes {args.num_processes} needs a GPU for each, torch sees {num_gpus}")
 
 
 def known_scenarios() -> tuple[str, ...]:
@@ -158,5 +200,8 @@ def command_of(args: argparse.Namespace) -> str:
     rest = ("batch_size", "seq_len", "max_steps", "lora_rank", "learning_rate", "vram_limit", "precision", "device")
     for name in (*rest, "seed", "runs"):
         if (value := getattr(args, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("gradient_accumulation_steps", "num_processes"):
+        if (value := getattr(args, name)) != 1:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

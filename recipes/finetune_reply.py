@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contender import settle_memory, streamer_details
+from contender import settle_memory
+from contender_result import streamer_details
 from default_model import ModelSource, resolve_model
 from duel_data import prepare_data
 from model_builds import build_model

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contender import Task, card_bytes, open_device, settle_memory, streamer_details
+from contender import Task, card_bytes, open_device, settle_memory
 from contender_process import PROGRESS_MARK
+from contender_result import streamer_details
 from duel_data import stack
 from label_likelihood import LabelScore, score_labels, tell_labels
 from model_builds import LEMA_CONTENDERS, build_model

@@ -16,12 +16,14 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from sharded_parameters import CHECKPOINT_WRAPPER, gathered, whole
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 LORA_DROPOUT = 0.1
+OPTIMIZER = "adamw_torch_fused"
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which bf16 is computed and not emulated; ``is_bf16_supported`` counts emulation too."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,6 +51,7 @@ class TrainingPlan:
         gradient_checkpointing: Whether stock models recompute activations; a streamed one always does.
         target_modules: Names of the linear layers that get an adapter, or ``"all-linear"``.
         lora_dropout: Dropout before the adapter.
+        gradient_accumulation_steps: Batches an optimizer step.
     """
 
     batch_size: int
@@ -61,6 +64,7 @@ class TrainingPlan:
     gradient_checkpointing: bool = True
     target_modules: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = LORA_DROPOUT
+    gradient_accumulation_steps: int = 1
 
 
 def training_arguments(plan: TrainingPlan, output_dir: Path, **changed: Any) -> TrainingArguments:
@@ -77,9 +81,10 @@ def training_arguments(plan: TrainingPlan, output_dir: Path, **changed: Any) -> 
     values: dict[str, Any] = {
         "max_steps": plan.max_steps,
         "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": "constant",
-        "optim": "adamw_torch_fused",
+        "optim": OPTIMIZER,
         "seed": plan.seed,
         "data_seed": plan.seed,
         "fp16": plan.precision == "fp16",
@@ -111,13 +116,21 @@ def add_adapter(model: nn.Module, plan: TrainingPlan) -> nn.Module:
 
 
 def adapter_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all trainable parameters, in the order of their names."""
+    """SHA-256 over names, dtypes and bytes of all trainable parameters, in the order of their names.
+
+    Where they are spread over processes, all of these must call it.
+    """
+    trainable = {
+        name.replace(CHECKPOINT_WRAPPER, ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     digest = hashlib.sha256()
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name in sorted(trainable):
-        value = trainable[name].detach().to("cpu").contiguous()
-        digest.update(f"{name} {value.dtype} ".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes())
+    with gathered(list(trainable.values())):
+        for name in sorted(trainable):
+            value = whole(trainable[name])
+            digest.update(f"{name} {value.dtype} ".encode())
+            digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -216,13 +229,24 @@ def stock_trainer(
 
     ``changed`` replaces single training arguments.
     """
+    args = training_arguments(plan, output_dir, **changed)
+    return trainer_with(model, args, dataset, log, trim_padding=trim_padding)
+
+
+def trainer_with(
+    model: nn.Module,
+    args: TrainingArguments,
+    dataset: Dataset,
+    log: LogCallback,
+    *,
+    trim_padding: bool = False,
+    trainer_class: type[Trainer] = Trainer,
+    **options: Any,
+) -> tuple[Trainer, HashingCollator]:
+    """The same with arguments that exist, and for a subclass of Trainer with its own ``options``."""
     collator = HashingCollator(trim_padding=trim_padding)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(plan, output_dir, **changed),
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[log],
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=dataset, data_collator=collator, callbacks=[log], **options
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, collator

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch and transformers are imported, here and in every process that a test starts.
@@ -61,6 +62,14 @@ def no_leaked_threads() -> Iterator[None]:
     if leaked:
         names = ", ".join(sorted(f"{thread.name} (daemon={thread.daemon})" for thread in leaked))
         pytest.fail(f"threads left running: {names}; close the streamer, or wait for the thread, before the test ends")
+
+
+@pytest.fixture
+def children_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts import this checkout, and take one core each."""
+    root = Path(__file__).resolve().parent.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -131,7 +131,10 @@ def test_a_scenario_that_does_not_exist_or_sets_strange_things_is_refused(
 ) -> None:
     path = tmp_path / "own.json"
     path.write_text('{"output_dir": "x"}')
-    for text, message in (("nope", "no scenario nope; there are 7b-16gib"), (str(path), "own.json sets output_dir")):
+    for text, message in (
+        ("nope", "no scenario nope; there are 70b-nf4, 7b-16gib"),
+        (str(path), "own.json sets output_dir"),
+    ):
         with pytest.raises(SystemExit):
             duel_options.parse_arguments(["--scenario", text])
         assert message in capsys.readouterr().err
