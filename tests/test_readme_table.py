@@ -1,0 +1,115 @@
+"""README's tables of figures: they are those of the records, whatever records there are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import readme_table  # noqa: E402
+
+from hf_lema.reporting.contender import ContenderResult  # noqa: E402
+
+GIB = 1 << 30
+
+
+def a_row(name: str, step_s: float, vram_gib: float, **fields: Any) -> dict[str, Any]:
+    values = {"num_steps": 6, "num_warmup_steps": 2, "loss": [1.0] * 6, "step_s": [9.0, 9.0] + [step_s] * 4}
+    values |= {"vram_allocated_peak_bytes": int(vram_gib * GIB), "vram_reserved_peak_bytes": int(vram_gib * GIB) + GIB}
+    values |= {"ram_private_above_imports_peak_bytes": GIB, "batches_sha256": "b"}
+    return ContenderResult(name=name, status="ok", **(values | fields)).to_json()
+
+
+def write_duel(path: Path, rows: list[dict[str, Any]], time_utc: str = "2026-12-01T00:00:00Z", **settings: Any) -> Path:
+    record = {
+        "settings": {"model": "llama-2-70b shape", "batch_size": 8, "seq_len": 512, "precision": "fp16"} | settings,
+        "environment": {"gpu_name": "H100", "time_utc": time_utc},
+        "contenders": rows,
+    }
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return path
+
+
+def lines_of(made: str) -> list[str]:
+    return [line for line in made.splitlines() if line.startswith("| ") and ":--" not in line]
+
+
+def test_readme_has_the_tables_of_the_records_that_are_kept() -> None:
+    assert readme_table.main(["--check"]) == 0, "python recipes/readme_table.py --write"
+
+
+def test_a_changed_figure_in_readme_is_found_and_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = readme_table.README.read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace("0.664", "0.564"), encoding="utf-8")
+    assert "0.664" in text, "a figure of the tables"
+    monkeypatch.setattr(readme_table, "README", copy)
+
+    assert readme_table.main(["--check"]) == 1
+    assert "--write" in capsys.readouterr().out
+    assert readme_table.main(["--write"]) == 0
+    assert copy.read_text(encoding="utf-8") == text
+
+
+def test_every_record_of_a_duel_or_a_bench_is_in_a_table() -> None:
+    text = readme_table.README.read_text(encoding="utf-8")
+    assert [path.name for path in readme_table.record_files() if path.name not in text] == []
+
+
+def test_a_new_record_has_a_table_without_a_change_of_code(tmp_path: Path) -> None:
+    failed = ContenderResult(name="qlora", status="out_of_memory", reason="CUDA out of memory").to_json()
+    skipped = ContenderResult(name="trainstream", status="skipped", reason="not installed").to_json()
+    rows = [a_row("peft", 1.0, 40), failed, skipped, a_row("lema-nf4", 2.0, 4)]
+    path = write_duel(tmp_path / "h100-70b.json", rows, vram_limit_bytes=16 * GIB, num_processes=2)
+    made = readme_table.tables([path])
+
+    assert made.startswith("**llama-2-70b shape, 8 x 512 tokens, fp16, held to 16.00 GiB of VRAM, 2 processes, H100**")
+    _, peft, qlora, lema = lines_of(made)
+    assert "| 1.000 | 1.00 | 40.00 (41.00) | 1.00 | [h100-70b](recipes/results/h100-70b.json) |" in peft
+    assert "| out of memory |" in qlora
+    assert "| 2.000 | 2.00 | 4.00 (5.00) |" in lema
+    assert "trainstream" not in made
+    assert made.endswith("What others do better: peft takes 1.000 s a step, lema at best 2.000 s.")
+
+
+def test_of_the_same_row_in_two_records_the_newest_counts_with_the_stock_step_of_its_own_record(tmp_path: Path) -> None:
+    old = write_duel(tmp_path / "old.json", [a_row("peft", 1.0, 40), a_row("lema", 9.0, 4), a_row("lema@6GiB", 3.0, 6)])
+    rows = [a_row("peft", 2.0, 40), a_row("lema", 4.0, 3)]
+    new = write_duel(tmp_path / "new.json", rows, time_utc="2026-12-02T00:00:00Z")
+    _, peft, lema, budget = lines_of(readme_table.tables([new, old]))
+
+    assert "| 2.000 | 1.00 |" in peft
+    assert "| 4.000 | 2.00 | 3.00 (4.00) |" in lema
+    assert "| 3.000 | 3.00 |" in budget
+
+
+def test_what_lies_within_the_noise_is_not_called_better(tmp_path: Path) -> None:
+    rows = [
+        a_row(name, 0.0, 4) | {"step_s": [9.0, 9.0, *(least + more for more in (0.0, 0.5, 1.0, 1.5))]}
+        for name, least in (("peft", 1.0), ("lema", 1.1))
+    ]
+    assert "What others do better" not in readme_table.tables([write_duel(tmp_path / "d.json", rows)])
+
+
+def test_other_jobs_have_other_tables_and_records_of_other_kinds_have_none(tmp_path: Path) -> None:
+    write_duel(tmp_path / "a.json", [a_row("lema", 1.0, 4)])
+    write_duel(tmp_path / "b.json", [a_row("lema", 1.0, 4), a_row("peft", 1.0, 4)], batch_size=32)
+    (tmp_path / "reply.json").write_text('{"kind": "reply"}', encoding="utf-8")
+    files = readme_table.record_files(tmp_path)
+
+    assert [path.name for path in files] == ["a.json", "b.json"]
+    heads = [line for line in readme_table.tables(files).splitlines() if line.startswith("**")]
+    assert ["32 x 512" in head for head in heads] == [True, False], "the one with more contenders first"
+
+
+def test_a_readme_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have one line"):
+        readme_table.with_tables(f"{readme_table.END} {readme_table.BEGIN}", "x")
