@@ -1,11 +1,12 @@
 """How training steps are run: what a plan decides, and what may change between steps.
 
-Responsibility: `StepChoices`. Knows no models and no devices.
+Responsibility: `StepChoices`, and what is asked of a plan that holds them. Knows no models and no devices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,32 @@ class StepChoices:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number, 0 for no cut, got {value!r}")
+
+
+@runtime_checkable
+class StepPlan(Protocol):
+    """What `LemaConfig` takes of a `MemoryPlan`, which is made far above this file."""
+
+    @property
+    def contender(self) -> str:
+        """What kind of training was planned: ``"lema"`` for a streamed one."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model that was planned."""
+
+    @property
+    def num_layers(self) -> int:
+        """Its decoder layers."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that were planned for."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of each."""
+
+    @property
+    def choices(self) -> StepChoices:
+        """What the plan decides."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_lema.choices import StepChoices
-from hf_lema.planning.memory_plan import MemoryPlan
+from hf_lema.choices import StepChoices, StepPlan
 from hf_lema.units import parse_bytes
 
 
@@ -47,7 +46,7 @@ class LemaConfig:
     quantization: str | None = None
     double_quantization: bool = True
     self_check: bool = False
-    choices: StepChoices | MemoryPlan | None = None
+    choices: StepChoices | StepPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("vram_budget", "ram_budget"):
@@ -67,9 +66,9 @@ class LemaConfig:
             raise ValueError(f"num_slots is {self.num_slots}; streaming needs at least 2 (one computes, one is filled)")
 
     def _check_choices(self) -> None:
-        if self.choices is not None and not isinstance(self.choices, (StepChoices, MemoryPlan)):
+        if self.choices is not None and not isinstance(self.choices, (StepChoices, StepPlan)):
             raise ValueError(f"choices must be StepChoices or a MemoryPlan, got {self.choices!r}")
-        if isinstance(self.choices, MemoryPlan) and self.choices.contender != "lema":
+        if isinstance(self.choices, StepPlan) and self.choices.contender != "lema":
             raise ValueError(
                 f"choices is a plan of stock training ({self.choices.contender!r}); plan_memory plans streamed training"
             )

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lema.capability import BF16_CAPABILITY
-from hf_lema.choices import StepChoices
+from hf_lema.choices import StepChoices, StepPlan
 from hf_lema.config import LemaConfig
 from hf_lema.files.base_files import BaseFiles
 from hf_lema.layer.boundaries import Boundaries
@@ -57,7 +57,6 @@ from hf_lema.model.placement import (
 )
 from hf_lema.model.stores import store_from_checkpoint, store_of_model
 from hf_lema.planning.device_rates import rates_of
-from hf_lema.planning.memory_plan import MemoryPlan
 from hf_lema.planning.planner import best_plan
 from hf_lema.planning.rehearsal import UnplannableError
 from hf_lema.planning.step_cost import PlanOptions, StepCost
@@ -371,7 +370,7 @@ class _Runtime:
             if id(tensor) not in streamed
         )
         choices = self.config.choices
-        given = self._given(choices) if isinstance(choices, MemoryPlan) else None
+        given = self._given(choices) if isinstance(choices, StepPlan) else None
         self.budget = VramBudget(
             self.config, self.streamer, other_bytes, self.outside.nbytes, self._plan, self.apply, given
         )
@@ -381,7 +380,7 @@ class _Runtime:
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
 
-    def _given(self, plan: MemoryPlan) -> tuple[BatchShape, StepChoices]:
+    def _given(self, plan: StepPlan) -> tuple[BatchShape, StepChoices]:
         """What somebody has planned for this model."""
         if plan.num_layers != len(self.layers):
             raise ValueError(

@@ -47,7 +47,7 @@ LEMA: dict[str, tuple[StepChoices, bool]] = {
     "lema-nf4": (StepChoices(), True),
     "lema-nf4-4": (StepChoices(micro_batch_size=4), True),
 }
-"""Streamed rows: how they run, and whether their linears are in 4 bits. The number is the micro-batch of 8 sequences."""
+"""Streamed rows: how they run, and whether their linears are in 4 bits. The number is the micro-batch, of 8."""
 ROWS = (PEFT, QLORA, *LEMA)
 
 

@@ -1,4 +1,4 @@
-"""Every fault of tests/faults.py happens: an error that says what to do, whole checkpoints, an equal resume, no rest."""
+"""Every fault of tests/faults.py happens: an error that says what to do, whole checkpoints, an equal resume."""
 
 from __future__ import annotations
 

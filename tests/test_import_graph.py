@@ -18,8 +18,6 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_lema"
 ROOMS: dict[str, set[str]] = {
     "units": set(),
     "choices": set(),
-    "planning/data_parallel": set(),
-    "planning/memory_plan": set(),
     "config": set(),
     "capability": set(),
     "environment": {"torch", "psutil"},
@@ -71,6 +69,8 @@ ROOMS: dict[str, set[str]] = {
     "planning/meter": {"torch"},
     "planning/device_rates": {"torch"},
     "planning/optimizers": set(),
+    "planning/data_parallel": set(),
+    "planning/memory_plan": set(),
     "planning/rehearsal": {"torch", "transformers"},
     "planning/blueprint": {"torch", "transformers", "peft"},
     "planning/step_cost": {"torch", "transformers", "peft"},

@@ -355,7 +355,7 @@ def test_a_loss_that_wants_logits_gets_them_and_trains_as_on_the_resident_model(
 
 
 def test_a_batch_of_32_in_micro_batches_is_accumulation_with_an_eighth_of_the_bytes(tmp_path: Path) -> None:
-    """32 sequences a step, ``micro_batch_size=4``, against 4 x 8 accumulated; each batch is padded to its own longest."""
+    """32 sequences a step, ``micro_batch_size=4``, against 4 x 8 accumulated; batches are padded to their longest."""
 
     def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         lengths = [3 + int(row["input_ids"][0]) % (SEQ_LEN - 3) for row in rows]

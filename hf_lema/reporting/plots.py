@@ -71,6 +71,8 @@ def write_plots(results: Sequence[ContenderResult], folder: str | Path) -> list[
 
 
 def _draw_loss(axes: Axes, results: Sequence[ContenderResult]) -> bool:
+    from matplotlib.ticker import MaxNLocator
+
     names_by_loss: dict[tuple[float, ...], str] = {}
     for idx, result in enumerate(results):
         losses = tuple(result.loss)
@@ -84,7 +86,7 @@ def _draw_loss(axes: Axes, results: Sequence[ContenderResult]) -> bool:
     _finish(
         axes, "Training loss (thin: linear fit, band: plateau, bar: cliff)", "Optimizer step", "Loss (nats per token)"
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return any(result.loss for result in results)
 
 
