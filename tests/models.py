@@ -29,6 +29,8 @@ SEQ_LEN = 16
 NUM_LAYERS = 4
 STOCK, WRAP_THEN_PEFT, PEFT_THEN_WRAP = "stock", "wrap_then_peft", "peft_then_wrap"
 ORDERS = (WRAP_THEN_PEFT, PEFT_THEN_WRAP)
+CHECKPOINTED = (STOCK, WRAP_THEN_PEFT)
+"""Gradient checkpointing is asked for in these runs. A streamed model absorbs it: one order has it, the other not."""
 TRANSFORMERS_5 = version.parse(transformers.__version__) >= version.parse("5")
 
 _SHAPE: dict[str, Any] = {

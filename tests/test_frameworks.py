@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import (
+    CHECKPOINTED,
     NUM_LAYERS,
     ORDERS,
     PEFT_THEN_WRAP,
@@ -37,7 +38,8 @@ from models import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_lema import LemaModelWrapper, get_streamer
+from hf_lema import LemaModelWrapper, StepChoices, get_streamer
+from hf_lema.wrapper import apply_choices
 
 pytestmark = pytest.mark.integration
 
@@ -67,7 +69,7 @@ def fresh_accelerate() -> Iterator[None]:
 def accelerate_loop(order: str, precision: str, prepared_before_wrap: bool = False) -> list[torch.Tensor]:
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     model = prepare(STOCK if prepared_before_wrap else order)
-    if order == STOCK:
+    if order in CHECKPOINTED:
         enable_checkpointing(model)
     if prepared_before_wrap:
         LemaModelWrapper.wrap(model, device="cpu")
@@ -184,6 +186,7 @@ def test_two_data_workers_change_no_number_and_leave_the_runtime_alone(
 ) -> None:
     settings = {"max_steps": 10, "dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
     expected = train(prepare(STOCK), tmp_path, gradient_checkpointing=True, **settings)
+    settings["gradient_checkpointing"] = order in CHECKPOINTED
     with closing(prepare(order)) as model:  # 16 examples: the workers end and begin again within the run
         assert_same_run(train(model, tmp_path, **settings), expected)
         assert not get_streamer(model).closed
@@ -296,11 +299,17 @@ SFT_SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "packed": {"packing": True, "packing_strategy": "wrapped"},
     "accumulated": {"gradient_accumulation_steps": 2},
+    "not checkpointed": {"gradient_checkpointing": False},
 }
 
 
 def sft(
-    order: str, output_dir: Path, settings: dict[str, Any], peft_by_trainer: bool, cut: bool = False
+    order: str,
+    output_dir: Path,
+    settings: dict[str, Any],
+    peft_by_trainer: bool,
+    cut: bool = False,
+    choices: StepChoices | None = None,
 ) -> tuple[Any, Any]:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -313,11 +322,15 @@ def sft(
         model = prepare(order, model)
     if cut:
         cut_loss(model)
+    if choices is not None:
+        apply_choices(model, choices)
     with closing(model):
         torch.manual_seed(5)
         trainer = trl.SFTTrainer(
             model=model,
-            args=trl.SFTConfig(**trl_fields(output_dir, gradient_checkpointing=order == STOCK, **settings)),
+            args=trl.SFTConfig(
+                **trl_fields(output_dir, **({"gradient_checkpointing": order in CHECKPOINTED} | settings))
+            ),
             train_dataset=rows,
             eval_dataset=rows.select(range(4)),
             processing_class=tokenizer(),
@@ -348,6 +361,16 @@ def test_sft_trainer_with_a_chunked_loss_differs_by_rounding_alone(tmp_path: Pat
         assert log == pytest.approx(like, rel=1e-4)
 
 
+def test_sft_trainer_whose_head_lies_in_host_memory_differs_by_rounding_alone(tmp_path: Path) -> None:
+    """TRL's fused head reads the head's weight itself; where TRL has none, the loss comes from pieces of the head."""
+    expected, _ = sft(STOCK, tmp_path / STOCK, {}, peft_by_trainer=False)
+    choices = StepChoices(boundaries_in_ram=True, outside_in_ram=True)
+    found, _ = sft(WRAP_THEN_PEFT, tmp_path / WRAP_THEN_PEFT, {}, peft_by_trainer=False, choices=choices)
+    assert len(found) == len(expected)
+    for log, like in zip(found, expected, strict=True):
+        assert log == pytest.approx(like, rel=1e-4)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_sft_trainer_of_a_peft_model_is_equal(order: str, tmp_path: Path) -> None:
     expected = sft(STOCK, tmp_path / STOCK, {}, peft_by_trainer=False)
@@ -372,7 +395,7 @@ def test_dpo_trainer_with_the_adapter_off_as_its_reference_is_equal(tmp_path: Pa
         with closing(model):
             trainer = trl.DPOTrainer(
                 model=model,
-                args=trl.DPOConfig(**trl_fields(tmp_path, gradient_checkpointing=order == STOCK)),
+                args=trl.DPOConfig(**trl_fields(tmp_path, gradient_checkpointing=order in CHECKPOINTED)),
                 train_dataset=rows,
                 processing_class=tokenizer(),
             )

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from models import (
+    CHECKPOINTED,
     NUM_LAYERS,
     ORDERS,
     PEFT_THEN_WRAP,
@@ -123,7 +124,7 @@ def test_method_trains_and_is_saved_as_on_the_resident_model(order: str, method:
     expected = resident_model(method)
     with closing(prepare(order, model_for(method), METHODS[method]())) as model:
         assert_same_tensors(trainables(model), expected.initial)
-        found = train(model, tmp_path)
+        found = train(model, tmp_path, gradient_checkpointing=order in CHECKPOINTED)
         assert_same_run(found, expected.run)
         assert any(not torch.equal(expected.initial[n], t) for n, t in found.trainables.items())
         assert_same_tensors(model.state_dict(), expected.state)
@@ -218,7 +219,7 @@ def test_switching_between_two_adapters_is_equal(order: str, tmp_path: Path) -> 
             for each in (resident, model):
                 each.set_adapter(name)
             before = trainables(model)
-            found = train(model, tmp_path, max_steps=2)
+            found = train(model, tmp_path, max_steps=2, gradient_checkpointing=order in CHECKPOINTED)
             assert_same_run(found, train(resident, tmp_path, max_steps=2, gradient_checkpointing=True))
             assert_moved({n: t for n, t in before.items() if "lora_B" in n}, found.trainables)
         assert_same_tensors(model.state_dict(), resident.state_dict())
@@ -332,7 +333,7 @@ def resident_two_rounds(method: str, safe_merge: bool) -> list[torch.Tensor]:
 def test_merging_between_steps_is_equal(order: str, method: str, safe_merge: bool, tmp_path: Path) -> None:
     expected = resident_two_rounds(method, safe_merge)
     with closing(prepare(order, build(), METHODS[method]())) as model:
-        found = two_rounds(model, tmp_path, safe_merge)
+        found = two_rounds(model, tmp_path, safe_merge, gradient_checkpointing=order in CHECKPOINTED)
     # Taking an adapter out again rounds, in the resident model too: both must round alike.
     assert_same_tensors(dict(enumerate(found)), dict(enumerate(expected)))
     assert not torch.equal(found[1], found[3]) or method == "lora"
@@ -353,7 +354,7 @@ def test_merge_and_unload_gives_the_logits_of_the_resident_model_and_streams_on(
     resident = prepare(STOCK)
     train(resident, tmp_path, gradient_checkpointing=True)
     with closing(prepare(order)) as model:
-        train(model, tmp_path)
+        train(model, tmp_path, gradient_checkpointing=order in CHECKPOINTED)
         merged, expected = model.merge_and_unload(), resident.merge_and_unload()
         assert isinstance(merged, LemaModelWrapper)
         assert_same_tensors(merged.state_dict(), expected.state_dict())

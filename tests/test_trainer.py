@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    CHECKPOINTED,
     NUM_LAYERS,
     ORDERS,
     PEFT_THEN_WRAP,
@@ -221,7 +222,7 @@ def evaluated(order: str, output_dir: Path) -> tuple[Any, list[dict[str, float]]
             max_steps=4,
             eval_strategy="steps",
             eval_steps=2,
-            gradient_checkpointing=order == STOCK,
+            gradient_checkpointing=order in CHECKPOINTED,
             prediction_loss_only=False,
         )
         trainer = RecordingTrainer(model=model, args=args, train_dataset=examples(), eval_dataset=examples(6, seed=9))
@@ -355,7 +356,7 @@ def test_a_loss_that_wants_logits_gets_them_and_trains_as_on_the_resident_model(
 
 
 def test_a_batch_of_32_in_micro_batches_is_accumulation_with_an_eighth_of_the_bytes(tmp_path: Path) -> None:
-    """32 sequences a step, ``micro_batch_size=4``, against 4 x 8 accumulated; batches are padded to their longest."""
+    """32 sequences a step, ``micro_batch_size=4``, against 4 x 8 accumulated; each batch padded to its own longest."""
 
     def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         lengths = [3 + int(row["input_ids"][0]) % (SEQ_LEN - 3) for row in rows]
@@ -413,9 +414,10 @@ def test_resumed_run_equals_the_uninterrupted_one(order: str, tmp_path: Path) ->
         "gradient_accumulation_steps": 2,
         "save_strategy": "steps",
         "save_steps": 3,
+        "gradient_checkpointing": order in CHECKPOINTED,
     }
     straight = run(order, tmp_path / "straight", **settings)
-    resident = run(STOCK, tmp_path / "stock", gradient_checkpointing=True, **settings)
+    resident = run(STOCK, tmp_path / "stock", **(settings | {"gradient_checkpointing": True}))
     assert_same_run(straight, resident)
 
     model = prepare(order)
@@ -465,6 +467,7 @@ def best(order: str, output_dir: Path) -> tuple[dict[str, torch.Tensor], float, 
         args = arguments(
             output_dir,
             max_steps=6,
+            gradient_checkpointing=order in CHECKPOINTED,
             learning_rate=0.3,  # overshoots: the last step is not the best
             eval_strategy="steps",
             eval_steps=1,
@@ -492,7 +495,7 @@ def test_load_best_model_at_end_gives_the_best_adapter(tmp_path: Path) -> None:
 def test_saved_adapter_loads_in_stock_peft_on_a_plain_model(order: str, tmp_path: Path) -> None:
     model = prepare(order)
     with closing(model):
-        args = arguments(tmp_path / "run")
+        args = arguments(tmp_path / "run", gradient_checkpointing=order in CHECKPOINTED)
         trainer = Trainer(model=model, args=args, train_dataset=examples())
         trainer.train()
         trainer.save_model(str(tmp_path / "by_trainer"))
@@ -523,7 +526,7 @@ def test_adapter_of_a_resident_model_loads_on_a_streamed_one_and_trains_on(order
     with closing(model):
         with torch.no_grad():
             assert torch.equal(model.eval()(**batch()).logits, expected)
-        continued = train(model.train(), tmp_path)
+        continued = train(model.train(), tmp_path, gradient_checkpointing=order in CHECKPOINTED)
     plain = PeftModel.from_pretrained(build(), tmp_path / "adapter", is_trainable=True)
     assert_same_run(continued, train(plain, tmp_path, gradient_checkpointing=True))
 
