@@ -130,8 +130,6 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     evaluated = torch.utils.data.Subset(data, range(NUM_EVAL_EXAMPLES))
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated, callbacks=[probe])
     trainer.remove_callback(PrinterCallback)
-    gc.collect()
-    gc.freeze()  # what the imports left: every later collection would walk it again (0.3 s)
     begin_s = time.perf_counter()
     trainer.train()
     train_s = time.perf_counter() - begin_s
@@ -183,4 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # what the imports left: every later collection would walk it again (0.3 s)
     sys.exit(main())

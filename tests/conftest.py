@@ -20,6 +20,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from test_host_store import FakeGpu
     from transformers import LlamaForCausalLM
 
 THREAD_PREFIX = "hf_lema"
@@ -102,3 +103,26 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
         return model.to(dtype).train()
 
     return build
+
+
+@pytest.fixture
+def page_locks(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A CPU that is fed as a GPU is: through a ring of small windows, from memory whose page-locks are counted.
+
+    Stores and boundary activations ask for page-locks as they do for a GPU; everything else is the CPU's.
+    """
+    from test_host_store import FakeGpu, LazyStream
+
+    from hf_lema.layer import boundaries
+    from hf_lema.runtime import host_memory, host_store
+    from hf_lema.runtime.events import NullEvent
+
+    fake, cuda = FakeGpu(LazyStream(), locked={}), torch.device("cuda")
+    init, slab = host_store.HostStore.__init__, boundaries._Slab
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(host_memory, "clear_cuda_error", lambda: None)
+    monkeypatch.setattr(host_store, "make_event", lambda device: NullEvent())
+    monkeypatch.setattr(host_store, "WINDOW_BYTES", 4096)
+    monkeypatch.setattr(host_store.HostStore, "__init__", lambda self, layouts, device: init(self, layouts, cuda))
+    monkeypatch.setattr(boundaries, "_Slab", lambda num, nbytes, device: slab(num, nbytes, cuda))
+    return fake

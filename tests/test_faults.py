@@ -1,4 +1,4 @@
-"""Every fault of tests/faults.py happens: an error that says what to do, whole checkpoints, an equal resume."""
+"""Every fault of tests/faults.py happens: an error with its remedy, whole checkpoints, an equal resume, no rest."""
 
 from __future__ import annotations
 
@@ -39,13 +39,10 @@ from faults import (
     written_table,
 )
 from models import Trajectory, adapt, assert_same_run, assert_same_tensors, build, closing
-from test_host_store import FakeGpu, LazyStream
+from test_host_store import FakeGpu
 
 from hf_lema import get_streamer, last_whole_checkpoint, merge_and_save
 from hf_lema.files.trainer_checkpoints import damage_of, torn_checkpoints
-from hf_lema.layer import boundaries
-from hf_lema.runtime import host_memory, host_store
-from hf_lema.runtime.events import NullEvent
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
@@ -53,30 +50,13 @@ import resumable
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
-WINDOW_BYTES = 4096
-
 
 def cases(faults: list[Fault]) -> Any:
     params = [pytest.param(f, id=f.happens, marks=[pytest.mark.slow] if f.is_slow else []) for f in faults]
     return pytest.mark.parametrize("fault", params)
 
 
-# ---- a CPU that is fed as a GPU is: a ring of windows, page-locked memory ----
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """Page-locks that are counted. Stores and boundaries ask for them as they do for a GPU; all else is the CPU's."""
-    fake = FakeGpu(LazyStream(), locked={})
-    init, slab = host_store.HostStore.__init__, boundaries._Slab
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr(host_memory, "clear_cuda_error", lambda: None)
-    monkeypatch.setattr(host_store, "make_event", lambda device: NullEvent())
-    monkeypatch.setattr(host_store, "WINDOW_BYTES", WINDOW_BYTES)
-    monkeypatch.setattr(host_store.HostStore, "__init__", lambda self, layouts, device: init(self, layouts, cuda))
-    monkeypatch.setattr(boundaries, "_Slab", lambda num, nbytes, device: slab(num, nbytes, cuda))
-    return fake
+# ---- a run, and what is left of it ----
 
 
 def handles() -> dict[str, str]:
@@ -100,14 +80,14 @@ def collect() -> None:
 
 
 @contextlib.contextmanager
-def nothing_left(gpu: FakeGpu, folder: Path) -> Iterator[None]:
+def nothing_left(page_locks: FakeGpu, folder: Path) -> Iterator[None]:
     """No thread, no page-lock, no open file and no half-written file is left by the block."""
     collect()
     threads, files = set(threading.enumerate()), handles()
     yield
     collect()
     assert leaked_threads(threads) == []
-    assert gpu.locked == {}
+    assert page_locks.locked == {}
     assert handles() == files
     assert [path for path in folder.rglob("*") if "partial" in path.name or path.name.startswith(".tmp")] == []
 
@@ -137,13 +117,15 @@ def model_folder(saved_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def play(
-    gpu: FakeGpu, model_folder: Path, tmp_path: Path, whole_run: Trajectory
+    page_locks: FakeGpu, model_folder: Path, tmp_path: Path, whole_run: Trajectory
 ) -> Callable[[Fault, Callable[[Scene], Any]], Any]:
     """Puts a fault into a run, and sees that nothing is left when it is over."""
 
     def played(fault: Fault, run: Callable[[Scene], Any]) -> Any:
         with closing(load(model_folder)) as model:
-            scene = Scene(make_trainer(model, tmp_path / "out"), model_folder / MODEL_FILE, gpu, pytest.MonkeyPatch())
+            scene = Scene(
+                make_trainer(model, tmp_path / "out"), model_folder / MODEL_FILE, page_locks, pytest.MonkeyPatch()
+            )
             fault.inject(scene)
             with scene.played():
                 result = run(scene)
@@ -151,8 +133,8 @@ def play(
         return result
 
     def body(fault: Fault, run: Callable[[Scene], Any]) -> Any:
-        gpu.max_lock_bytes = fault.max_lock_bytes
-        with nothing_left(gpu, tmp_path / "out"):
+        page_locks.max_lock_bytes = fault.max_lock_bytes
+        with nothing_left(page_locks, tmp_path / "out"):
             return played(fault, run)
 
     return body
@@ -220,11 +202,14 @@ def test_run_goes_on_bit_for_bit(fault: Fault, play: Any, whole_run: Trajectory)
 
 @cases(KILLS)
 def test_killed_run_is_resumed_from_its_last_whole_checkpoint(
-    fault: Fault, gpu: FakeGpu, model_folder: Path, saved_model: Path, tmp_path: Path, whole_run: Trajectory
+    fault: Fault, page_locks: FakeGpu, model_folder: Path, saved_model: Path, tmp_path: Path, whole_run: Trajectory
 ) -> None:
     def child() -> None:
         scene = Scene(
-            make_trainer(load(model_folder), tmp_path / "out"), model_folder / MODEL_FILE, gpu, pytest.MonkeyPatch()
+            make_trainer(load(model_folder), tmp_path / "out"),
+            model_folder / MODEL_FILE,
+            page_locks,
+            pytest.MonkeyPatch(),
         )
         fault.inject(scene)
         scene.trainer.train()
@@ -285,7 +270,7 @@ def test_disk_that_is_really_full_during_a_checkpoint(
 
 @cases(MERGES)
 def test_merge_onto_a_full_disk_leaves_nothing(
-    fault: Fault, gpu: FakeGpu, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, page_locks: FakeGpu, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapt(build()).save_pretrained(tmp_path / "adapter")
     target = tmp_path / "models" / "merged"
@@ -297,7 +282,7 @@ def test_merge_onto_a_full_disk_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         return pwrite(descriptor, data, offset)
 
-    with nothing_left(gpu, tmp_path):
+    with nothing_left(page_locks, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
             with pytest.raises(OSError) as caught:  # noqa: PT011  its text is compared below
