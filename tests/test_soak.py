@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +54,8 @@ def soaked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str) -> tuple[
     monkeypatch.setattr(soak, "NUM_SAMPLES", 10)
     monkeypatch.setattr(soak, "NUM_EVALUATIONS", 4)
     output = tmp_path / "soak.json"
-    code = soak.main(
-        ["--device", "cpu", "--steps", "20", "--num-layers", "2", "--tier", tier, "--folder", str(tmp_path)]
-        + ["--output", str(output)]
-    )
+    options = ["--device", "cpu", "--steps", "20", "--num-layers", "2", "--tier", tier]
+    code = soak.main([*options, "--folder", str(tmp_path), "--output", str(output)])
     return code, json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -78,13 +77,13 @@ def test_a_soak_finds_a_file_that_every_step_leaves_open(tmp_path: Path, monkeyp
 
     def leaking(*args: Any) -> Any:
         model = build_model(*args)
-        model.register_forward_pre_hook(lambda *_: files.append(Path("/dev/null").open("rb")))
+        model.register_forward_pre_hook(lambda *_: files.append(os.open("/dev/null", os.O_RDONLY)))
         return model
 
     monkeypatch.setattr(soak, "build_model", leaking)
     code, record = soaked(tmp_path, monkeypatch, "disk")
     for file in files:
-        file.close()
+        os.close(file)
 
     assert code == 1
     assert len(record["faults"]) == 1
@@ -102,7 +101,7 @@ def test_a_thousand_steps_are_flat(tier: str, tmp_path: Path) -> None:
 def cycle(order: str, device: str) -> None:
     """One model's life under a wrap."""
     config = LemaConfig(vram_budget="min", choices=StepChoices(boundaries_in_ram=True))
-    model = prepare(order, build(), config=config, device=device)
+    model = prepare(order, build(num_layers=2), config=config, device=device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in range(2):
         forward_backward(model, seed=step)
@@ -119,6 +118,7 @@ def test_fifty_wraps_trainings_and_unwraps_leave_nothing(device: str, request: p
     footprints = []
     for i in range(50):
         cycle((WRAP_THEN_PEFT, PEFT_THEN_WRAP)[i % 2], device)
-        footprints.append(read_footprint())
         assert locked == {}
-    assert what_grew(footprints[10:], MIB) == []
+        if i % 5 == 4:  # a garbage collection each
+            footprints.append(read_footprint())
+    assert what_grew(footprints[2:], MIB) == []
