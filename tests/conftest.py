@@ -16,8 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with two, Trainer would wrap every model in DataParallel
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmul, for the tests of equality on a GPU
 
+import own_warnings
 import pytest
-import torch
+
+own_warnings.install()  # before the libraries that could take `warnings.warn` by name
+
+import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from test_host_store import FakeGpu

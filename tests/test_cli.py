@@ -83,6 +83,7 @@ def test_every_option_of_merge_reaches_the_function(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(merging, "merge_and_save", merge)
     options = ["--dtype", "float16", "--max-shard-size", "1GB", "--push-to-hub", "me/it", "--revision", "v2"]
+    options += ["--adapter-revision", "v3"]
     assert cli.main(["merge", "--adapter", "a", "--output", "o", *options, "--trust-remote-code"]) == 0
     assert given[0] == (None, "a", "o")
     assert given[1] == {
@@ -90,6 +91,7 @@ def test_every_option_of_merge_reaches_the_function(monkeypatch: pytest.MonkeyPa
         "max_shard_size": "1GB",
         "push_to_hub": "me/it",
         "trust_remote_code": True,
+        "adapter_revision": "v3",
         "revision": "v2",
     }
 
