@@ -380,6 +380,12 @@ class _Runtime:
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
 
+    def before_evaluation(self, input_ids: Any = None, **kwargs: Any) -> None:
+        """Makes room for a forward without gradients that is larger than all before."""
+        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if self.budget is not None and isinstance(tokens, torch.Tensor) and tokens.dim() >= 2:
+            self.budget.before_evaluation(tokens.shape[0], tokens.shape[1])
+
     def _given(self, plan: StepPlan) -> tuple[BatchShape, StepChoices]:
         """What somebody has planned for this model."""
         if plan.num_layers != len(self.layers):
@@ -457,6 +463,8 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             raise RuntimeError(COMPILE_MESSAGE)
         if torch.is_grad_enabled():
             refuse_lost_outputs(type(self).__name__, self.config, kwargs)
+        else:
+            _runtime_of(self).before_evaluation(*args[:1], **kwargs)
         return _runtime_of(self).loss.forward(*args, **kwargs)
 
     body = {

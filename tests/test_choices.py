@@ -198,6 +198,20 @@ def test_a_plan_of_plan_memory_is_taken_as_it_is(tmp_path: Path) -> None:
         prepare(ORDERS[0], build(num_layers=3), config=LemaConfig(choices=plan))
 
 
+def test_the_budget_hears_of_forwards_without_gradients_by_their_shape() -> None:
+    with closing(prepare(ORDERS[0])) as model:
+        heard: list[tuple[int, int]] = []
+        runtime = model.get_base_model().__dict__["_lema_runtime"]
+        runtime.budget.before_evaluation = lambda *shape: heard.append(shape)
+        rows = batch(3)
+        forward_backward(model, rows)
+        with torch.no_grad():
+            model(**rows)
+            model.get_base_model()(rows["input_ids"][:2])
+            model(inputs_embeds=model.get_input_embeddings()(rows["input_ids"][:1, :5]))
+    assert heard == [(3, rows["input_ids"].shape[1]), (2, rows["input_ids"].shape[1]), (1, 5)]
+
+
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
     quantization: str | None, monkeypatch: pytest.MonkeyPatch

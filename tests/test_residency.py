@@ -379,6 +379,26 @@ def test_every_shape_is_measured_before_layers_are_resident_beside_it(
     assert len(streamer.resident_layers) == GIB // (400 * MIB)
 
 
+def test_a_larger_evaluation_sends_the_layers_back_and_is_measured_with_the_steps(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = FakePlanner(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="6GiB")
+    train(budget, 3, num_tokens=512)
+    assert streamer.resident_layers
+    budget.before_evaluation(1, 512)
+    assert streamer.resident_layers, "no larger than a step"
+    budget.before_evaluation(8, 512)
+    assert streamer.resident_layers == ()
+    card.reserved_bytes = 5 * GIB
+    budget.before_evaluation(8, 512)
+    train(budget, 2, num_tokens=512)
+    resident = streamer.resident_layers
+    assert len(resident) == GIB // (400 * MIB), "beside what the evaluation took"
+    budget.before_evaluation(8, 512)
+    assert streamer.resident_layers == resident
+    assert planner.asked == [(1, 512, 6 * GIB)], "an evaluation is not planned"
+
+
 def test_a_plan_that_was_given_holds_until_a_batch_is_larger(card: FakeCard) -> None:
     streamer = FakeStreamer()
     planner = planner_of_three(streamer)

@@ -12,7 +12,7 @@ Note [larger batches]: a batch with more tokens than any before it, or with long
 more tokens, and attention may take their square), is planned anew before its first layer. The plan is for the least
 shape that has both, the most tokens and the longest sequence. A batch within that shape, but not within one that ran
 since layers became resident, sends them back first and is measured too: a peak that nobody has seen yet must not meet a
-card that is full.
+card that is full. An evaluation is not planned, but larger ones than any before send the layers back in the same way.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class VramBudget:
         self._num_updates = 0
         self._shape, self._choices = given or (BatchShape(0, 0), StepChoices())
         self._ran = [self._shape]  # shapes whose peaks the measured memory has, or will have, seen
+        self._evaluated: list[BatchShape] = []  # the same, of evaluations
         self._reserved_bytes = 0  # the most that steps with nothing resident took, run as they are now
         self._measured = given is not None
         slots_bytes = streamer.layer_bytes * streamer.num_slots
@@ -185,9 +186,21 @@ class VramBudget:
             self._reserved_bytes = max(self._reserved_bytes, torch.cuda.memory_reserved(self._streamer.device))
             self._settle(self.budget_bytes, self._reserved_bytes)
 
+    def before_evaluation(self, batch_size: int, seq_len: int) -> None:
+        """A forward without gradients begins: as for `before_training_step`, but it is not planned."""
+        if self._streamer.device.type != "cuda" or self.budget_bytes is None:
+            return
+        shape = BatchShape(batch_size, seq_len)
+        if not any(seen.covers(shape) for seen in (*self._ran, *self._evaluated)):
+            self._evaluated = [seen for seen in self._evaluated if not shape.covers(seen)] + [shape]
+            self._measure_again()
+
     def _measure_too(self, shape: BatchShape) -> None:
         """Has the peak of a shape counted before any layer is resident beside it."""
         self._ran = [seen for seen in self._ran if not shape.covers(seen)] + [shape]
+        self._measure_again()
+
+    def _measure_again(self) -> None:
         if self._measured:
             self._measured = False
             self._send_back()
@@ -214,7 +227,7 @@ class VramBudget:
     def _run_as(self, choices: StepChoices) -> None:
         self._choices = choices
         self._num_updates, self._measured = 0, False
-        self._ran, self._reserved_bytes = [], 0
+        self._ran, self._evaluated, self._reserved_bytes = [], [], 0
         self._send_back()
 
     def _settle(self, budget_bytes: int, reserved_bytes: int) -> None:
