@@ -42,9 +42,7 @@ def set_up(*extras: str) -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")  # a bar of text does as well
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-        logging.ERROR
-    )  # asks for an inference kernel
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for an inference kernel
     found = importlib.util.find_spec("hf_lema")
     if found is not None and found.origin is not None and Path(found.origin).parent.parent == CHECKOUT:
         print("hf_lema is installed from this checkout.")

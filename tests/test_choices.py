@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,9 @@ def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
         least = runtime._plan(4, 16, None)
         assert least.outside_in_ram
         assert not least.resident_layers
+        runtime.config = replace(runtime.config, micro_batch_size=3)  # what a user states is no choice any more
+        assert {runtime._plan(4, 16, budget).micro_batch_size for budget in (None, 2**30)} == {3}
+        runtime.config = replace(runtime.config, micro_batch_size=0)
         assert runtime._plan(4, 16, 2**30) == StepChoices(resident_layers=tuple(range(NUM_LAYERS)))
         with pytest.raises(ValueError, match="least that works"):
             runtime._plan(4, 16, 2**20)

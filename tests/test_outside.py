@@ -59,6 +59,24 @@ def test_a_head_in_pieces_gives_the_loss_and_the_gradients_of_the_whole_one(
         assert (found[key] - gradient).norm() <= 1e-10 * gradient.norm(), key
 
 
+def test_a_head_in_pieces_is_computed_in_the_backward_under_the_autocast_of_its_forward() -> None:
+    grads = []
+    for is_inside in (True, False):
+        model = build("llama", torch.float32)
+        freeze_outside(model)
+        loss = ChunkedLoss(model, type(model).forward, on_host(model))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = loss.forward(**inputs()).loss
+            if is_inside:
+                grads.append(gradients(model, output))
+        if not is_inside:
+            grads.append(gradients(model, output))
+    inside, outside = grads
+    # Under autocast the head's weight of float32 is rounded to bfloat16: without it the sums would differ.
+    last = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(inside[last], outside[last])
+
+
 def test_the_norm_before_a_head_in_pieces_runs_in_tiles_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     freeze_outside(model)

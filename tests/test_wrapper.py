@@ -217,7 +217,13 @@ def test_unwrap_gives_the_plain_model_back(order: str, tmp_path: Path) -> None:
 def test_unwrapped_model_owns_its_memory_and_can_be_copied() -> None:
     import copy
 
-    model = LemaModelWrapper.unwrap(wrapped())
+    model = wrapped()
+    slab = get_streamer(model).host_store.host_views(0)
+    pointers = {view.untyped_storage().data_ptr() for view in slab.values()}
+    assert {p.untyped_storage().data_ptr() for p in model.model.layers[0].parameters()} == pointers
+    LemaModelWrapper.unwrap(model)
+    assert not pointers & {p.untyped_storage().data_ptr() for p in model.parameters()}
+    del slab
     gc.collect()
     copied = copy.deepcopy(model).half()
     assert next(copied.model.layers.parameters()).dtype == torch.float16
