@@ -206,12 +206,13 @@ class LemaModelWrapper(nn.Module):
             ``model``, the same object, of its own class again.
 
         Raises:
-            ValueError: The model is not wrapped.
+            ValueError: The model is not wrapped, or a file that its layers lie in was cut.
         """
         lm = _find_wrapped(model)
         if lm is None:
             raise ValueError("the model is not wrapped")
         runtime = _runtime_of(lm)
+        runtime.streamer.host_store.refuse_cut_files()
         runtime.streamer.close()
         for state in runtime.layers:
             remove_merge_hooks(state)

@@ -126,6 +126,7 @@ def page_locks(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(host_memory, "clear_cuda_error", lambda: None)
     monkeypatch.setattr(host_store, "make_event", lambda device: NullEvent())
+    monkeypatch.setattr(host_store, "run_near_card", lambda device: None)
     monkeypatch.setattr(host_store, "WINDOW_BYTES", 4096)
     monkeypatch.setattr(host_store.HostStore, "__init__", lambda self, layouts, device: init(self, layouts, cuda))
     monkeypatch.setattr(boundaries, "_Slab", lambda num, nbytes, device: slab(num, nbytes, cuda))

@@ -41,7 +41,7 @@ from faults import (
 from models import Trajectory, adapt, assert_same_run, assert_same_tensors, build, closing
 from test_host_store import FakeGpu
 
-from hf_lema import get_streamer, last_whole_checkpoint, merge_and_save
+from hf_lema import LemaModelWrapper, get_streamer, last_whole_checkpoint, merge_and_save
 from hf_lema.files.trainer_checkpoints import damage_of, torn_checkpoints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -335,3 +335,21 @@ def test_every_fault_of_the_table_has_a_name_of_its_own() -> None:
     names = [fault.happens for fault in (*SURVIVED, *ERRORS, *KILLS, *KEEPING, *MERGES)]
     assert len(names) == len(set(names))
     assert FAULT_STEP < NUM_STEPS
+
+
+# ---- after a file was cut ----
+
+
+@pytest.mark.parametrize("use", ["unwrap", "merge"])
+def test_weights_of_a_cut_file_are_refused_and_do_not_end_the_process(use: str, model_folder: Path) -> None:
+    """To touch a page of a mapping that its file has no more is SIGBUS."""
+    with closing(load(model_folder)) as model:
+        os.truncate(model_folder / MODEL_FILE, 4096)
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"model\.safetensors has 4096 bytes left of \d+.*load the model again"
+            ):
+                LemaModelWrapper.unwrap(model) if use == "unwrap" else model.merge_adapter()
+            get_streamer(model).close()
+        model.save_pretrained(model_folder / "adapter")
+        assert (model_folder / "adapter" / "adapter_model.safetensors").is_file()

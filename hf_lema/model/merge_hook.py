@@ -34,8 +34,10 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Puts the tensors on the device."""
-        device = self._state.streamer.device
-        for tensor in self._at_rest():
+        device, tensors = self._state.streamer.device, self._at_rest()
+        if tensors:
+            self._state.streamer.host_store.refuse_cut_files()
+        for tensor in tensors:
             parameter: Any = self._state.registered(tensor)
             if tensor.matrix is not None:
                 from hf_lema.runtime.quantization import (  # bitsandbytes is not needed where nothing is packed

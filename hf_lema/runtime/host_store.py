@@ -13,6 +13,7 @@ the disk tier they are a private mapping of the file: a write makes private page
 from __future__ import annotations
 
 import abc
+import mmap
 import os
 import warnings
 from collections import deque
@@ -152,6 +153,14 @@ class HostStore(abc.ABC):
     @abc.abstractmethod
     def mark_if_changed(self, layer_idx: int) -> bool:
         """The same where it is not known whether they were written to; returns whether reads differ from before."""
+
+    def refuse_cut_files(self) -> None:
+        """To be called before tensors of `host_views` are read, where that is no part of a step.
+
+        Raises:
+            ValueError: A file that they are a mapping of was cut: to touch what is gone would end the process (SIGBUS).
+        """
+        return  # most stores have none
 
     def close(self) -> None:
         """Gives back page-locks, threads and files. May be called any number of times."""
@@ -390,6 +399,15 @@ class DiskStore(HostStore):
         if any(has_private_pages(tensor_over(self._mapped[span.path], 0, (1,), torch.uint8)) for span in firsts):
             self._changed.add(layer_idx)
         return layer_idx in self._changed
+
+    def refuse_cut_files(self) -> None:
+        for path, memory in self._mapped.items():
+            mapping: mmap.mmap = memory.obj  # type: ignore[assignment]
+            if mapping.size() < len(memory):
+                raise ValueError(
+                    f"{path} has {mapping.size()} bytes left of {len(memory)}: it was cut while in use, and its layers "
+                    "cannot be read any more. Fetch it again, and load the model again. The adapter can be saved"
+                )
 
     def close(self) -> None:
         super().close()

@@ -82,6 +82,9 @@ class MixedStore(HostStore):
     def mark_if_changed(self, layer_idx: int) -> bool:
         return self._part(layer_idx).mark_if_changed(layer_idx)
 
+    def refuse_cut_files(self) -> None:
+        self._disk.refuse_cut_files()
+
     def close(self) -> None:
         self.ram.close()
         self._disk.close()
