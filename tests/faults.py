@@ -165,10 +165,14 @@ class Scene:
 
     @contextlib.contextmanager
     def played(self) -> Iterator[None]:
-        """For the time of the run."""
+        """For the time of the run, with the signals of a foreground process: one in the background ignores SIGINT."""
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             for cleanup in self.cleanups:
                 cleanup()
             self.patch.undo()

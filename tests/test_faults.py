@@ -212,7 +212,8 @@ def test_killed_run_is_resumed_from_its_last_whole_checkpoint(
             pytest.MonkeyPatch(),
         )
         fault.inject(scene)
-        scene.trainer.train()
+        with scene.played():
+            scene.trainer.train()
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()

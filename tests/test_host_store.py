@@ -194,6 +194,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(host_memory, "clear_cuda_error", lambda: None)
     monkeypatch.setattr(host_store, "make_event", lambda device: LazyEvent(fake.stream))
+    monkeypatch.setattr(host_store, "run_near_card", lambda device: None)
     return fake
 
 
