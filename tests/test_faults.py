@@ -19,21 +19,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import leaked_threads
+from fault_scene import FAULT_STEP, NUM_STEPS, Scene, load, make_trainer
 from faults import (
     ALL,
     ERRORS,
-    FAULT_STEP,
     KEEPING,
     KILLS,
     MERGES,
     MODEL_FILE,
-    NUM_STEPS,
     SURVIVED,
     TORN,
     Fault,
-    Scene,
-    load,
-    make_trainer,
     matches,
     table,
     written_table,
