@@ -1,7 +1,7 @@
 """The steps of the notebooks: set-up, commands with their output in the cell, a session's end, a run that goes on.
 
-Knows pip, git, processes and IPython's display. Imports torch and hf_lema nowhere: a notebook calls this before it has
-a torch that runs on its card.
+Knows pip, git, processes and IPython's display. Imports neither torch nor hf_lema until a notebook has a torch that its
+card can use.
 """
 
 from __future__ import annotations
@@ -177,15 +177,17 @@ def options_to_go_on(output_dir: str, previous_output: str = "") -> list[str]:
     Raises:
         ValueError: ``previous_output`` is given and holds no run.
     """
+    from hf_lema import last_whole_checkpoint  # in the notebook only now: with the torch that the card needs
+
     folder = Path(output_dir)
     if previous_output and not (folder / "settings.json").exists():
         if not (Path(previous_output) / "settings.json").is_file():
             raise ValueError(f"{previous_output} holds no settings.json: it is not the output folder of a run")
         shutil.copytree(previous_output, folder, dirs_exist_ok=True)
         print(f"Took over the run in {previous_output}.")
-    has_checkpoint = any((folder / "checkpoints").glob("checkpoint-*"))
+    has_checkpoint = last_whole_checkpoint(folder / "checkpoints") is not None
     if (folder / "settings.json").exists() and not has_checkpoint:
-        print("The run that lies here was stopped before its first checkpoint: it begins anew.")
+        print("The run that lies here has no whole checkpoint: it begins anew.")
         shutil.rmtree(folder)
     return ["--resume"] if has_checkpoint else []
 

@@ -354,7 +354,9 @@ def test_a_run_goes_on_from_its_own_folder_or_from_that_of_an_earlier_session(tm
     assert notebook_steps.options_to_go_on(str(output)) == []
     with pytest.raises(ValueError, match=r"earlier holds no settings\.json"):
         notebook_steps.options_to_go_on(str(output), str(earlier))
-    (earlier / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    checkpoint = earlier / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 5}')
     (earlier / "settings.json").write_text("{}")
 
     assert notebook_steps.options_to_go_on(str(output), str(earlier)) == ["--resume"]
@@ -362,8 +364,8 @@ def test_a_run_goes_on_from_its_own_folder_or_from_that_of_an_earlier_session(tm
     assert not notebook_steps.is_finished(str(output))
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+def test_a_run_that_died_before_its_first_whole_checkpoint_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "out" / "settings.json").write_text("{}")
 
     assert notebook_steps.options_to_go_on(str(tmp_path / "out")) == []
