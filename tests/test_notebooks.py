@@ -185,7 +185,7 @@ def test_finetune_goes_on_in_a_new_session_from_what_the_last_one_left(tiny_fold
     results = json.loads((quick / "notebooks/reply-output/results.json").read_text(encoding="utf-8"))
     assert f"Took over the run in {earlier}." in text_of(notebook)
     assert f"{len(results['loss'])} steps in 2 sessions" in text_of(notebook)
-    assert len(results["loss"]) == results["table"]["steps"]
+    assert len(results["loss"]) == int(results["table"]["steps"])
 
 
 def wait_for(is_there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
