@@ -453,17 +453,16 @@ def record_row(machine: str, model: str) -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize(
-    ("machine", "card", "ram"),
-    [
-        card_table.MACHINES[0],
-        *(pytest.param(*machine, marks=pytest.mark.slow) for machine in card_table.MACHINES[1:]),
-    ],
-)
-def test_the_record_of_the_table_is_what_the_planner_says_today(machine: str, card: str, ram: str) -> None:
-    planned = card_table._as_json(card_table.plan_row(card, ram, "llama-2-7b"))
+ROWS = [(*machine, model) for machine in card_table.MACHINES for model in card_table.MODELS]
 
-    assert record_row(machine, "llama-2-7b")["cells"] == planned
+
+@pytest.mark.parametrize(
+    ("machine", "card", "ram", "model"), [ROWS[0], *(pytest.param(*row, marks=pytest.mark.slow) for row in ROWS[1:])]
+)
+def test_the_record_of_the_table_is_what_the_planner_says_today(machine: str, card: str, ram: str, model: str) -> None:
+    planned = card_table._as_json(card_table.plan_row(card, ram, model))
+
+    assert record_row(machine, model)["cells"] == planned
 
 
 def test_the_runner_says_which_notebook_it_ran(
