@@ -25,7 +25,7 @@ from hf_lema.layer.self_check import CheckedVisit, SelfCheck
 from hf_lema.runtime.schedule import Direction
 from hf_lema.runtime.streamer import LayerStreamer
 
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")  # the first from transformers 5.24
 _LOSING_FLAGS = ("output_attentions", "output_router_logits")
 
 
