@@ -384,8 +384,9 @@ class AdapterOnMeta:
         broken = [name for name, tensor in merged.items() if not _is_finite(tensor)]
         if broken:
             raise ValueError(
-                f"the merged weights hold values that are not finite in {', '.join(broken)}: the base "
-                f"holds such values, or the sum does not fit {self._dtype}: merge in another dtype, such as bfloat16"
+                f"merged with {self._files.name} the weights hold values that are not finite in "
+                f"{shown(', '.join(broken), 2000)}: the base or a factor in {CONFIG_NAME} holds such values, or the sum "
+                f"does not fit {self._dtype}: merge in another dtype, such as bfloat16"
             )
         return merged
 
