@@ -56,6 +56,7 @@ from hf_lema.model.placement import (
     streamed_tensors,
 )
 from hf_lema.model.stores import store_from_checkpoint, store_of_model
+from hf_lema.planning.data_parallel import Launch
 from hf_lema.planning.device_rates import rates_of
 from hf_lema.planning.planner import best_plan
 from hf_lema.planning.rehearsal import UnplannableError
@@ -399,9 +400,11 @@ class _Runtime:
     def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
         """How to run within so many bytes of VRAM; whole batches with everything there where that cannot be planned."""
         config = replace(self.config, vram_budget="min" if budget_bytes is None else max(1, budget_bytes))
-        group = LocalGroup.find()
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_hosts = max(1, int(os.environ.get("WORLD_SIZE", "1")) // num_processes)
         options = PlanOptions(
-            num_processes=1 if group is None else group.size,
+            num_processes=num_processes,
+            launch=Launch(num_hosts=num_hosts),
             micro_batch_size=config.micro_batch_size or None,
             quantization="nf4" if self._is_packed else None,
             double_quantization=config.double_quantization,

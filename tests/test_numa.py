@@ -32,6 +32,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "numa_node").write_text(f"{node}\n")
     monkeypatch.setattr(numa, "_SYSFS", tmp_path)
     properties = {0: (0, 0x3B, 0), 1: (0, 0xAF, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda,
@@ -91,7 +92,6 @@ def test_a_thread_never_leaves_what_it_may_use(
 def test_memory_of_a_process_is_touched_next_to_its_card(
     machine: Path, bound: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
 
     def touch() -> None:

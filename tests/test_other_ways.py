@@ -148,7 +148,9 @@ COMPILED: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "peft model in place")) for way in COMPILED]
+)
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")
 def test_torch_compile_of_the_whole_model_is_refused(way: str) -> None:
     with closing(prepare(WRAP_THEN_PEFT)) as model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -93,8 +94,7 @@ def test_a_group_is_as_fast_as_its_slowest_process_and_shared_pages_count_once()
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "groups").glob("*.json")), ids=lambda path: path.stem)
 def test_every_run_of_a_group_file_is_one_that_can_be_asked_for(path: Path) -> None:
-    parser_arguments = type("Arguments", (), {"suite": path, "options": []})
-    runs = bench_group.read_runs(parser_arguments)  # type: ignore[arg-type]
+    runs = bench_group.read_runs(argparse.Namespace(suite=path, options=[]))
     assert [run["name"] for run in runs if run["targets"]] == ["lema", "lema-nf4"]
     for run in runs:
         args = bench_step.parse_arguments([*run["options"], "--device", "cuda"])

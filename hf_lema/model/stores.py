@@ -127,7 +127,7 @@ class StoreMaker:
                     read_spans_into(files, spans[layer_idx], out)
 
             pool = stack.enter_context(
-                ThreadPoolExecutor(num_threads, "hf_lema-loader", initializer=in_turn(self._nodes))
+                ThreadPoolExecutor(num_threads, thread_name_prefix="hf_lema-loader", initializer=in_turn(self._nodes))
             )
             loads = [pool.submit(write, i, slab.layer_buffer(i)) for i in slab.layouts]
             for load in tqdm(loads, desc="Loading layers", delay=2, leave=False):

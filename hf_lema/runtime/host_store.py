@@ -176,7 +176,7 @@ class HostStore(abc.ABC):
             largest_bytes = max(layout.nbytes for layout in self.layouts.values())
             self._ring = StagingRing(ring_bytes(largest_bytes, max_bytes) // WINDOW_BYTES, self.device)
         self._readers = ThreadPoolExecutor(
-            NUM_READERS, "hf_lema-reader", initializer=run_near_card, initargs=(self.device,)
+            NUM_READERS, thread_name_prefix="hf_lema-reader", initializer=run_near_card, initargs=(self.device,)
         )
 
     def _copy_through_ring(self, out: torch.Tensor, fill: Callable[[int, torch.Tensor], None]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from packaging import version
 
+_FIRST_WITH_PCI = version.parse("2.8")
 _SYSFS = Path("/sys")
 """Where devices and nodes are looked for."""
 
@@ -38,7 +39,7 @@ def node_of_card(device: torch.device) -> int | None:
     Returns:
         The node's number; None on a CPU, before torch 2.8 (which has no PCI address), and where it is not known.
     """
-    if device.type != "cuda" or version.parse(torch.__version__) < version.parse("2.8"):
+    if device.type != "cuda" or not torch.cuda.is_available() or version.parse(torch.__version__) < _FIRST_WITH_PCI:
         return None
     properties: Any = torch.cuda.get_device_properties(device)
     return node_of_pci(properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
