@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ from models import (
 from torch import nn
 
 from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
+from hf_lema.runtime.host_memory import HostBuffer
+from hf_lema.runtime.numa import near_current_card, node_of_card
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -550,3 +553,31 @@ def test_data_workers_beside_a_gpu_model(tmp_path: Path) -> None:
     expected = run(STOCK, tmp_path, gradient_checkpointing=True, dataloader_num_workers=2)
     assert_same_run(run(WRAP_THEN_PEFT, tmp_path, dataloader_num_workers=2), expected)
     assert len(examples(4)) == 4
+
+
+# ---- one copy for several processes ----
+
+
+def test_a_shared_copy_is_read_by_the_card_after_the_kernel_stopped_writes_to_it() -> None:
+    num_bytes = 64 * 2**20 + 3
+    first = HostBuffer(num_bytes, is_shared=True)
+    first.tensor.copy_(torch.arange(num_bytes) % 251)
+    second = HostBuffer(num_bytes, of=first.take_descriptor())
+    assert second.page_lock()
+    second.make_read_only()
+    on_card = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        on_card.zero_()
+        on_card.copy_(second.tensor, non_blocking=True)
+        assert torch.equal(on_card.cpu(), first.tensor)
+    second.close()
+    first.close()
+
+
+def test_the_node_of_a_card_is_known_or_said_not_to_be() -> None:
+    node = node_of_card(torch.device("cuda", 0))
+    assert node is None or node >= 0
+    before = os.sched_getaffinity(0)
+    with near_current_card():
+        assert os.sched_getaffinity(0) <= before
+    assert os.sched_getaffinity(0) == before

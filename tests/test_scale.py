@@ -19,6 +19,7 @@ import bench_step  # noqa: E402
 import scale_page  # noqa: E402
 
 from hf_lema.planning.data_parallel import Launch  # noqa: E402
+from hf_lema.reporting.report_files import make_report  # noqa: E402
 from hf_lema.units import GIB  # noqa: E402
 
 
@@ -90,6 +91,26 @@ def test_a_group_is_as_fast_as_its_slowest_process_and_shared_pages_count_once()
     unknown = bench_group.group_record(alone, [record(0, 0.71, None), record(1, 0.73, 6.8)])
     assert unknown["ram_group_bytes"] is None
     assert not bench_group.summary(unknown, {"max_ram_group_gib": 14.5})[1], "what is not known meets nothing"
+
+
+def test_a_report_shows_the_bus_rate_of_each_process(tmp_path: Path) -> None:
+    def steps(rank: int, step_s: float, num_processes: int) -> dict[str, Any]:
+        job = {"contender": "lema", "shape": "llama-2-7b", "dtype": "fp16", "device": "cuda", "warmup": 1}
+        found = record(rank, step_s, 7.0, num_processes)
+        moved = {"step_s": [9.0, step_s, step_s], "h2d_bytes": [0, 24 * GIB, 24 * GIB], "loss": [1.0, 1.0, 1.0]}
+        return found | moved | {"options": found["options"] | job}
+
+    ranks = [steps(0, 0.8, 2), steps(1, 0.75, 2)]
+    lines = tmp_path / "scale.jsonl"
+    lines.write_text(json.dumps({"name": "lema"} | bench_group.group_record(steps(0, 0.6, 1), ranks)) + "\n")
+    markdown = tmp_path / "scale.md"
+    make_report([lines], markdown=markdown)
+    head, *rows = [line.split("|")[1:-1] for line in markdown.read_text().splitlines() if line.startswith("|")]
+    column = [cell.strip() for cell in head].index("bus GiB/s")
+    rates = {row[0].strip(): row[column].strip() for row in rows if len(row) == len(head)}
+    assert rates["lema"] == "40.00"
+    assert rates["lema process 1 of 2"] == "30.00"
+    assert rates["lema process 2 of 2"] == "32.00"
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "groups").glob("*.json")), ids=lambda path: path.stem)

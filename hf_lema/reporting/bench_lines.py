@@ -1,7 +1,7 @@
-"""JSON lines of ``bench_step.py`` as results of contenders, grouped to duels.
+"""JSON lines of ``bench_step.py`` and ``bench_group.py`` as results of contenders, grouped to duels.
 
-Responsibility: that one form of file. A line is one contender on a random model of a named shape; lines that share
-shape, batch and machine stood side by side.
+Responsibility: these forms of file. A line is one contender on a random model of a named shape, or a line with several
+of such: one process alone, and each of several. Lines that share shape, batch and machine stood side by side.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def read_bench_lines(text: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             faults.append(f"line {number} is no JSON")
             continue
-        missing = [key for key in _LINE_KEYS if not isinstance(row, dict) or key not in row]
-        if missing:
-            faults.append(f"line {number} has no {', '.join(missing)}")
-            continue
-        job = _job(row["options"])
-        machine = {name: value for name, value in row["environment"].items() if name != "time_utc"}
-        jobs.setdefault(json.dumps([job, machine], sort_keys=True), []).append(row)
+        for part in [row["alone"], *row["ranks"]] if isinstance(row, dict) and "ranks" in row else [row]:
+            missing = [key for key in _LINE_KEYS if not isinstance(part, dict) or key not in part]
+            if missing:
+                faults.append(f"line {number} has no {', '.join(missing)}")
+                break
+            job = _job(part["options"])
+            machine = {name: value for name, value in part["environment"].items() if name != "time_utc"}
+            jobs.setdefault(json.dumps([job, machine], sort_keys=True), []).append(part)
     if faults:
         raise ValueError(f"no lines of bench_step.py: {'; '.join(faults)}")
     return [_duel_fields(rows) for rows in jobs.values()]
@@ -85,8 +86,10 @@ def _result(row: Mapping[str, Any], varied: set[str]) -> ContenderResult:
     options, step_s = row["options"], row["step_s"]
     timed_s = sum(step_s[options["warmup"] :])
     num_tokens = options["batch_size"] * options["seq_len"] * (len(step_s) - options["warmup"])
+    num_processes = row.get("num_processes", 1)
+    which = f" process {row['rank'] + 1} of {num_processes}" if num_processes > 1 else ""
     return ContenderResult(
-        name=_name(options, varied),
+        name=_name(options, varied) + which,
         status="ok",
         num_steps=len(step_s),
         num_warmup_steps=options["warmup"],

@@ -59,6 +59,7 @@ class Row:
         ram_resident_above_imports_peak_bytes: The same with the pages of mapped files; where no card takes part.
         ram_file_peak_bytes: Pages of mapped files.
         h2d_per_step_bytes: Mean of the layer bytes that a step moved.
+        bus_bytes_per_s: These over the wall time of the steps after the warm-up.
         curve: What is to be seen in the loss curve.
         nearly_full_share: Share of the steps with more than 90 % of the card in use by the process.
         verdict: What may be said against the baseline, in one line.
@@ -78,6 +79,7 @@ class Row:
     ram_resident_above_imports_peak_bytes: int | None
     ram_file_peak_bytes: int | None
     h2d_per_step_bytes: float | None
+    bus_bytes_per_s: float | None
     curve: CurveReading | None
     nearly_full_share: float | None
     verdict: str
@@ -114,12 +116,18 @@ def _row(result: ContenderResult, baseline: ContenderResult | None) -> Row:
         ram_resident_above_imports_peak_bytes=result.ram_resident_above_imports_peak_bytes,
         ram_file_peak_bytes=result.ram_file_peak_bytes,
         h2d_per_step_bytes=sum(result.h2d_bytes) / len(result.h2d_bytes) if result.h2d_bytes else None,
+        bus_bytes_per_s=_bus_bytes_per_s(result),
         curve=read_curve(result.loss),
         nearly_full_share=(
             None if result.vram_card_bytes is None else share_above(result.vram_step_peak_bytes, result.vram_card_bytes)
         ),
         verdict=verdict(result, baseline).text,
     )
+
+
+def _bus_bytes_per_s(result: ContenderResult) -> float | None:
+    timed_s, moved = sum(result.timed_step_s), result.h2d_bytes[len(result.step_s) - len(result.timed_step_s) :]
+    return sum(moved) / timed_s if moved and timed_s > 0 and len(moved) == len(result.timed_step_s) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +170,7 @@ COLUMNS = (
     Column(head="resident GiB", field="ram_resident_above_imports_peak_bytes", write=_write_gib),
     Column(head="file pages GiB", field="ram_file_peak_bytes", write=_write_gib, is_brief=False),
     Column(head="moved GiB/step", field="h2d_per_step_bytes", write=_write_gib, is_brief=False),
+    Column(head="bus GiB/s", field="bus_bytes_per_s", write=_write_gib, is_brief=False),
 )
 _MAX_VERDICT_CHARS = 100
 
