@@ -52,12 +52,26 @@ def same_parent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_group_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("GROUP_RANK", raising=False)
     assert LocalGroup.find() is None
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert LocalGroup.find() == LocalGroup(rank=1, size=4)
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert LocalGroup.find() == LocalGroup(rank=1, size=4, host=3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert LocalGroup.find() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert LocalGroup.find() is None, "one process on each of two machines"
+
+
+def test_processes_that_cannot_find_each_other_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="LOCAL_WORLD_SIZE is not set.*own copy"):
+        assert LocalGroup.find() is None
 
 
 @pytest.mark.usefixtures("same_parent")

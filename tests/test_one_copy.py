@@ -182,3 +182,11 @@ def test_two_machines_of_one_launch_have_a_copy_each(folder: Path) -> None:
     for host in hosts:
         host.join(100)
     assert [sum(outcomes[h]) for h in (0, 1)] == [pytest.approx(1, abs=0.02)] * 2
+
+
+def test_a_model_that_each_process_has_built_is_a_copy_each_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"each of the 2 processes .* own copy .*from_pretrained loads them once"):
+        model = LemaModelWrapper.wrap(build(), device="cpu")
+    get_streamer(model).close()

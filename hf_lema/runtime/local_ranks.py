@@ -19,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,16 @@ class LocalGroup:
     def find(cls) -> LocalGroup | None:
         """From what torchrun and ``accelerate launch`` put into the environment; None for a process alone."""
         rank, size = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-        if rank is None or size is None or int(size) < 2:
+        if rank is None or size is None:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                warnings.warn(
+                    "WORLD_SIZE says that there are several processes, but LOCAL_RANK or LOCAL_WORLD_SIZE is not set, so "
+                    "those of this machine do not find each other and each keeps its own copy of the layers in RAM. "
+                    "torchrun and accelerate launch set them",
+                    stacklevel=3,
+                )
+            return None
+        if int(size) < 2:
             return None
         return cls(rank=int(rank), size=int(size), host=int(os.environ.get("GROUP_RANK", "0")))
 
