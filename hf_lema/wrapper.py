@@ -62,11 +62,9 @@ from hf_lema.planning.planner import best_plan
 from hf_lema.planning.rehearsal import UnplannableError
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.host_memory import available_host_bytes
-from hf_lema.runtime.host_store import HostStore
 from hf_lema.runtime.local_ranks import LocalGroup
 from hf_lema.runtime.residency import BatchShape, VramBudget
 from hf_lema.runtime.streamer import LayerStreamer
-from hf_lema.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +120,6 @@ class LemaModelWrapper(nn.Module):
         streamed = streamed_tensors(lm, layers)
         layouts = {i: layout for i, (layout, _) in streamed.items()}
         store = store_of_model(layouts, config, target)
-        _warn_of_copies(store)
         fill_from_model(store, streamed)
         places = {i: tensors for i, (_, tensors) in streamed.items()}
         _assemble(lm, list(layers), places, LayerStreamer(store, target, len(layers), config.num_slots), config)
@@ -482,17 +479,6 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__new__": lambda cls, *args, **kwargs: plain_class(*args, **kwargs),
     }
     return type(plain_class.__name__, (LemaModelWrapper, plain_class), body)
-
-
-def _warn_of_copies(store: HostStore) -> None:
-    group = LocalGroup.find()
-    if group is not None:
-        warnings.warn(
-            f"each of the {group.size} processes of this machine keeps its own copy of the layers in RAM, "
-            f"{format_bytes(store.held_bytes)}, because each has built its own model. "
-            "LemaModelWrapper.from_pretrained loads them once for all",
-            stacklevel=3,
-        )
 
 
 def _runtime_of(lm: Any) -> _Runtime:

@@ -7,6 +7,7 @@ modules, slots or autograd.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -156,6 +157,13 @@ def store_of_model(layouts: Mapping[int, LayerLayout], config: LemaConfig, devic
     needed_bytes = sum(layout.nbytes for layout in layouts.values())
     budget_bytes = config.ram_budget_bytes
     if config.ram_budget == "auto" or (budget_bytes is not None and needed_bytes <= budget_bytes):
+        if (group := LocalGroup.find()) is not None:
+            warnings.warn(
+                f"each of the {group.size} processes of this machine keeps its own copy of the layers in RAM, "
+                f"{format_bytes(needed_bytes)}, because each has built its own model. "
+                "LemaModelWrapper.from_pretrained loads them once for all",
+                stacklevel=3,
+            )
         return RamStore(layouts, device)
     stated = config.ram_budget if budget_bytes is None else format_bytes(budget_bytes)
     raise ValueError(

@@ -57,8 +57,8 @@ class LocalGroup:
         if rank is None or size is None:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 warnings.warn(
-                    "WORLD_SIZE says that there are several processes, but LOCAL_RANK or LOCAL_WORLD_SIZE is not set, so "
-                    "those of this machine do not find each other and each keeps its own copy of the layers in RAM. "
+                    "WORLD_SIZE says that there are several processes, but LOCAL_RANK or LOCAL_WORLD_SIZE is not set: "
+                    "those of this machine do not find each other, and each keeps its own copy of the layers in RAM. "
                     "torchrun and accelerate launch set them",
                     stacklevel=3,
                 )
