@@ -145,8 +145,6 @@ def _job(duel: DuelRecord) -> str:
     parts = [duel.title]
     if (limit := settings.get("vram_limit_bytes")) is not None:
         parts.append(f"held to {format_bytes(limit)} of VRAM")
-    if (num_processes := settings.get("num_processes") or 1) > 1:
-        parts.append(f"{num_processes} processes")
     return ", ".join(parts)
 
 

@@ -97,6 +97,7 @@ ROOMS: dict[str, set[str]] = {
     "reporting/memory_bars": set(),
     "reporting/chart_style": set(),
     "reporting/curve_charts": set(),
+    "reporting/label_places": set(),
     "reporting/charts": set(),
     "reporting/page": {"plotly"},
     "reporting/report_files": set(),

@@ -18,6 +18,7 @@ from hf_lema.reporting.charts import duel_charts
 from hf_lema.reporting.contender import ContenderResult, UseSample
 from hf_lema.reporting.duel_record import DuelRecord, duel_from_json, read_duels
 from hf_lema.reporting.headline import headline
+from hf_lema.reporting.label_places import label_positions
 from hf_lema.reporting.page import page_html, write_page
 from hf_lema.reporting.repeats import merge_runs
 from hf_lema.reporting.report_files import make_report
@@ -262,11 +263,39 @@ def test_trade_off_places_each_finished_contender_and_draws_the_limit() -> None:
     assert chart.figure["data"][1]["error_x"]["array"] == [1.0], "what was reserved beyond"
 
 
-def test_a_card_far_larger_than_all_is_told_and_not_drawn() -> None:
+def test_a_card_far_larger_than_all_is_drawn_on_a_logarithmic_axis_and_the_caption_says_so() -> None:
     chart = charts(a_duel(settings={}))["trade-off"]
+    layout = chart.figure["layout"]
 
-    assert chart.figure["layout"]["shapes"] == []
-    assert chart.figure["layout"]["annotations"][0]["text"].startswith("card 80.0 GiB")
+    assert layout["xaxis"]["type"] == "log"
+    assert layout["shapes"][0]["x0"] == 80.0
+    assert layout["annotations"][0]["text"].startswith("card 80.0 GiB")
+    assert layout["annotations"][0]["x"] == pytest.approx(math.log10(80.0))
+    begin, end = layout["xaxis"]["range"]
+    assert 10**begin < 4.0 < 80.0 < 10**end
+    assert chart.caption.endswith("The scale of memory is logarithmic.")
+    assert "type" not in layout["yaxis"]
+
+
+def test_names_of_dots_stand_where_no_dot_no_whisker_and_no_other_name_is() -> None:
+    row = [(0.1, 0.5), (0.2, 0.5), (0.95, 0.2)]
+    first, second, last = label_positions(row, ["peft", "lema", "lema-auto"])
+
+    assert (first, second) != ("middle right", "middle left"), "both between the two dots"
+    assert "left" in last, "the edge is on the right"
+    assert label_positions([(0.3, 0.5)], ["peft"]) == ["middle right"]
+    assert label_positions([(0.3, 0.5)], ["peft"], [(0.3, 0.49, 0.9, 0.51)]) != ["middle right"]
+
+
+def test_eleven_contenders_look_different_and_their_names_are_in_the_legend_alone() -> None:
+    results = tuple(a_result(f"c{idx}", vram_gib=idx + 1) for idx in range(11))
+    shown = charts(a_duel(results=results))
+    looks = {(t["marker"]["symbol"], t["marker"]["color"]) for t in shown["trade-off"].figure["data"]}
+
+    assert len(looks) == len({symbol for symbol, _ in looks}) == 11
+    assert shown["vram"].figure["layout"]["annotations"] == []
+    (end,) = [each for each in shown["loss"].figure["layout"]["annotations"] if each.get("name") == "end"]
+    assert end["text"] == "c0 = 10 others"
 
 
 def test_loss_has_the_difference_to_the_baseline_below() -> None:

@@ -71,7 +71,7 @@ def test_a_new_record_has_a_table_without_a_change_of_code(tmp_path: Path) -> No
     path = write_duel(tmp_path / "h100-70b.json", rows, vram_limit_bytes=16 * GIB, num_processes=2)
     made = readme_table.tables([path])
 
-    assert made.startswith("**llama-2-70b shape, 8 x 512 tokens, fp16, held to 16.00 GiB of VRAM, 2 processes, H100**")
+    assert made.startswith("**llama-2-70b shape, 8 x 512 tokens, fp16, 2 processes, held to 16.00 GiB of VRAM, H100**")
     _, peft, qlora, lema = lines_of(made)
     assert "| 1.000 | 1.00 | 40.00 (41.00) | 1.00 | [h100-70b](recipes/results/h100-70b.json) |" in peft
     assert "| out of memory |" in qlora

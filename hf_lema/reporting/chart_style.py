@@ -16,8 +16,23 @@ from typing import Any
 Figure = dict[str, Any]
 
 NUM_SERIES_STYLES = 7
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "4px 2px 1px 2px")
-_SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "x", "star")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "4px 2px 1px 2px", "9px 3px 2px 3px")
+# Of other lengths than the colours, so that the eighth contender does not look like the first.
+_SYMBOLS = (
+    "circle",
+    "square",
+    "triangle-up",
+    "diamond",
+    "triangle-down",
+    "x",
+    "star",
+    "cross",
+    "hexagon",
+    "bowtie",
+    "pentagon",
+)
+MAX_END_LABELS = 6
+"""With more curves their names would stand far from their ends, and the legend has to do."""
 _NUM_MARKERS_PER_CURVE = 9
 _LABEL_PX = 17
 """Least distance of two labels at the ends of curves."""
@@ -46,13 +61,13 @@ class Chart:
 
 def dot_style(idx: int) -> Figure:
     """The marker of a contender that is one dot; `idx` is its place in the duel."""
-    return {"marker": {"color": _colour(idx), "symbol": _SYMBOLS[idx % NUM_SERIES_STYLES], "size": 13}}
+    return {"marker": {"color": _colour(idx), "symbol": _SYMBOLS[idx % len(_SYMBOLS)], "size": 13}}
 
 
 def curve_style(idx: int, width: float = 2.2) -> Figure:
     """Line and markers of a contender that is a curve; `idx` is its place in the duel."""
     marker = dot_style(idx)["marker"] | {"size": 7, "maxdisplayed": _NUM_MARKERS_PER_CURVE}
-    line = {"color": _colour(idx), "dash": _DASHES[idx % NUM_SERIES_STYLES], "width": width}
+    line = {"color": _colour(idx), "dash": _DASHES[idx % len(_DASHES)], "width": width}
     return {"type": "scatter", "mode": "lines+markers", "line": line, "marker": marker}
 
 
@@ -67,6 +82,8 @@ def end_labels(ends: Sequence[tuple[str, float, float]], drawn: Sequence[float])
         ends: Name, x and y of the last point.
         drawn: All that is drawn on the axis, for its length.
     """
+    if len(ends) > MAX_END_LABELS:
+        return []
     labels: list[Figure] = []
     bounds = (min(drawn, default=0.0), max(drawn, default=0.0))
     px_per_unit = _PLOT_PX / (bounds[1] - bounds[0]) if bounds[1] > bounds[0] else 0.0

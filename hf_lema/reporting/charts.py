@@ -5,20 +5,24 @@ Responsibility: results in, the charts of the page in their order out. Knows not
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hf_lema.reporting.chart_style import NUM_SERIES_STYLES, Chart, Figure, dot_style
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.curve_charts import loss_chart, use_chart
 from hf_lema.reporting.duel_record import DuelRecord
 from hf_lema.reporting.headline import memory_of_duel
+from hf_lema.reporting.label_places import Box, label_positions
 from hf_lema.reporting.memory_bars import CONTEXT, Bar, ram_bars, vram_bars
 from hf_lema.reporting.verdict import step_median_and_spread_s
 from hf_lema.units import to_gib
 
-# A limit farther away than this would press all the points into a corner; then its place is only told.
-_MAX_LIMIT_OVER_LARGEST = 2.0
+# Figures farther apart than this stand on a logarithmic axis.
+MAX_LINEAR_RATIO = 6.0
+_LOG_TICKS = tuple(digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5))
 _PATTERNS = ("", "/", ".", "x", "-", "\\", "+", "|")
 
 
@@ -47,8 +51,15 @@ def _trade_off(duel: DuelRecord) -> Chart | None:
     quantity, field = memory
     x = [to_gib(getattr(result, field)) for _, result in placed]
     y = [statistics.median(result.timed_step_s) for _, result in placed]
+    limit_gib = _limit_gib(duel, quantity)
+    x_axis = _axis(x, [] if limit_gib is None else [limit_gib])
+    y_axis = _axis(y)
+    dots = [(x_axis.share(own_x), y_axis.share(own_y)) for own_x, own_y in zip(x, y, strict=True)]
+    whiskers = [_whiskers(result, quantity) for _, result in placed]
+    arms = [_arms(own_x, own_y, arm, x_axis, y_axis) for own_x, own_y, arm in zip(x, y, whiskers, strict=True)]
+    places = label_positions(dots, [result.name for _, result in placed], [box for boxes in arms for box in boxes])
     data = []
-    for (idx, result), x_gib, step_s, position in zip(placed, x, y, _label_positions(x, y, quantity), strict=True):
+    for (idx, result), x_gib, step_s, whisker, place in zip(placed, x, y, whiskers, places, strict=True):
         data.append(
             {
                 **dot_style(idx),
@@ -58,18 +69,18 @@ def _trade_off(duel: DuelRecord) -> Chart | None:
                 "x": [round(x_gib, 4)],
                 "y": [round(step_s, 5)],
                 "text": [result.name],
-                "textposition": position,
+                "textposition": place,
                 "cliponaxis": False,
                 "showlegend": False,
-                **_whiskers(result, quantity),
+                **whisker,
                 "hovertemplate": f"<b>{result.name}</b><br>%{{x:.2f}} GiB of {quantity}<br>%{{y:.3f}} s a step"
                 "<extra></extra>",
             }
         )
-    shapes, annotations, x_end = _limit_line(duel, quantity, max(x))
+    shapes, annotations = _limit_line(duel, limit_gib, x_axis)
     layout = {
-        "xaxis": {"title": {"text": f"{quantity} (GiB)"}, "range": [0, x_end], "zeroline": False},
-        "yaxis": {"title": {"text": "step (s)"}, "range": [0, max(y) * 1.25], "zeroline": False},
+        "xaxis": {"title": {"text": f"{quantity} (GiB)"}, "zeroline": False, **x_axis.layout},
+        "yaxis": {"title": {"text": "step (s)"}, "zeroline": False, **y_axis.layout},
         "shapes": shapes,
         "annotations": annotations,
     }
@@ -78,8 +89,57 @@ def _trade_off(duel: DuelRecord) -> Chart | None:
     if quantity != "VRAM":
         caption = f"Lower left is better. No GPU took part, so memory is {quantity}, above what the imports took. "
         caption += "A dot is the median step, the whisker the spread of the steps."
+    logarithmic = [name for name, axis in (("memory", x_axis), ("time", y_axis)) if axis.is_log]
+    if logarithmic:
+        caption += f" The scale of {' and '.join(logarithmic)} is logarithmic."
     figure = {"data": data, "layout": layout}
     return Chart(key="trade-off", title=f"{quantity} against step time", caption=caption, figure=figure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    """The range of an axis: from nought, or logarithmic where the figures are too far apart for one."""
+
+    begin: float
+    end: float
+    is_log: bool
+
+    def share(self, value: float) -> float:
+        """Where a value lies, from 0 to 1."""
+        if self.is_log:
+            return math.log(value / self.begin) / math.log(self.end / self.begin)
+        return value / self.end
+
+    @property
+    def layout(self) -> Figure:
+        """For plotly, which takes the range of a logarithmic axis as powers of ten."""
+        if not self.is_log:
+            return {"range": [0, self.end]}
+        return {
+            "type": "log",
+            "range": [math.log10(self.begin), math.log10(self.end)],
+            "tickvals": [tick for tick in _LOG_TICKS if self.begin <= tick <= self.end],
+        }
+
+
+def _axis(values: Sequence[float], limits: Sequence[float] = ()) -> _Axis:
+    least, largest = min(values), max(*values, *limits, 0.0)
+    if least > 0 and largest / least > MAX_LINEAR_RATIO:
+        return _Axis(begin=least / 1.4, end=largest * 1.3, is_log=True)
+    return _Axis(begin=0.0, end=largest * (1.04 if limits and largest == max(limits) else 1.25), is_log=False)
+
+
+def _arms(x: float, y: float, whisker: Figure, x_axis: _Axis, y_axis: _Axis) -> list[Box]:
+    """Where the whiskers of a dot are, in shares of the chart."""
+    left, middle = x_axis.share(x), y_axis.share(y)
+    boxes = []
+    if "error_x" in whisker:
+        boxes.append((left, middle - 0.01, x_axis.share(x + whisker["error_x"]["array"][0]), middle + 0.01))
+    if "error_y" in whisker:
+        (half,) = whisker["error_y"]["array"]
+        low = y_axis.share(max(y - half, y_axis.begin or 0.0))
+        boxes.append((left - 0.01, low, left + 0.01, y_axis.share(y + half)))
+    return boxes
 
 
 def _whiskers(result: ContenderResult, quantity: str) -> Figure:
@@ -94,36 +154,25 @@ def _whiskers(result: ContenderResult, quantity: str) -> Figure:
     return whiskers
 
 
-def _label_positions(x: Sequence[float], y: Sequence[float], quantity: str) -> list[str]:
-    """Where no whisker is, and no label of a dot close by."""
-    positions: list[str] = []
-    choices = ("top center", "bottom center", "middle left") if quantity == "VRAM" else ("middle right", "middle left")
-    for idx, (own_x, own_y) in enumerate(zip(x, y, strict=True)):
-        near = [
-            positions[other]
-            for other in range(idx)
-            if abs(x[other] - own_x) < 0.2 * max(x) and abs(y[other] - own_y) < 0.12 * max(y)
-        ]
-        positions.append(next((choice for choice in choices if choice not in near), choices[0]))
-    return positions
+def _limit_gib(duel: DuelRecord, quantity: str) -> float | None:
+    """What the contenders could have at most; None where it says nothing of this kind of memory."""
+    return None if quantity != "VRAM" or duel.vram_limit_bytes is None else to_gib(duel.vram_limit_bytes)
 
 
-def _limit_line(duel: DuelRecord, quantity: str, largest_gib: float) -> tuple[list[Figure], list[Figure], float]:
-    """Shapes, annotations and the end of the axis."""
-    x_end = largest_gib * 1.2
-    if quantity != "VRAM" or duel.vram_limit_bytes is None:
-        return [], [], x_end
-    limit_gib = to_gib(duel.vram_limit_bytes)
+def _limit_line(duel: DuelRecord, limit_gib: float | None, x_axis: _Axis) -> tuple[list[Figure], list[Figure]]:
+    """The line of the card's limit, and who ran into it."""
+    if limit_gib is None:
+        return [], []
     too_large = [result.name for result in duel.results if result.status == "out_of_memory"]
     text = f"{'limit' if duel.settings.get('vram_limit_bytes') else 'card'} {limit_gib:.1f} GiB"
     if too_large:
         text += "<br>out of memory:<br>" + "<br>".join(f"✕ {name}" for name in too_large)
-    label = {"y": 1, "yref": "paper", "yanchor": "top", "xanchor": "right", "showarrow": False, "align": "right"}
-    if limit_gib > _MAX_LIMIT_OVER_LARGEST * x_end:
-        return [], [{**label, "x": 1, "xref": "paper", "text": f"{text} →"}], x_end
     line = {"type": "line", "x0": limit_gib, "x1": limit_gib, "y0": 0, "y1": 1, "yref": "paper"}
+    label = {"y": 1, "yref": "paper", "yanchor": "top", "xanchor": "right", "showarrow": False, "align": "right"}
     shapes = [{**line, "line": {"color": "$alarm", "width": 2, "dash": "dash"}}]
-    return shapes, [{**label, "x": limit_gib, "text": text, "xshift": -6}], max(x_end, limit_gib * 1.04)
+    # On a logarithmic axis plotly takes the place of a shape as it is, and that of a text as a power of ten.
+    x = math.log10(limit_gib) if x_axis.is_log else limit_gib
+    return shapes, [{**label, "x": x, "text": text, "xshift": -6}]
 
 
 # ---- where memory goes ----
@@ -160,7 +209,7 @@ def _bars(key: str, title: str, bars: Sequence[Bar]) -> Chart | None:
 
 def _part_trace(number: int, part: str, bars: Sequence[Bar], labels: Sequence[str]) -> Figure:
     values_gib = [to_gib(bar.parts.get(part, 0)) for bar in bars]
-    colour = f"$s{number % NUM_SERIES_STYLES}"
+    colour = "$muted" if part == CONTEXT else f"$s{number % NUM_SERIES_STYLES}"
     shape = _PATTERNS[number % len(_PATTERNS)]
     pattern = {"shape": shape, "fillmode": "overlay", "size": 9, "solidity": 0.2, "fgopacity": 0.4}
     return {

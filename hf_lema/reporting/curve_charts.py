@@ -12,6 +12,8 @@ from hf_lema.reporting.contender import ContenderResult, UseSample
 from hf_lema.reporting.duel_record import DuelRecord
 from hf_lema.units import to_gib
 
+MAX_EQUAL_NAMES = 3
+
 
 def loss_chart(results: Sequence[ContenderResult], baseline_name: str) -> Chart | None:
     """Losses on top of each other and, below, their differences to the baseline, where both saw the same batches."""
@@ -69,7 +71,7 @@ def _gap_curve(idx: int, result: ContenderResult, baseline: ContenderResult) -> 
         "y": [_finite(own - other) for own, other in zip(result.loss, baseline.loss, strict=False)],
         "yaxis": "y2",
         "showlegend": False,
-        "hovertemplate": f"{result.name} less {baseline.name}: %{{y:.3g}}<extra></extra>",
+        "hovertemplate": f"{result.name} minus {baseline.name}: %{{y:.3g}}<extra></extra>",
     }
 
 
@@ -82,7 +84,7 @@ def _step_curve(idx: int, result: ContenderResult) -> Figure:
 def _gap_axis(gaps: Sequence[float], baseline_name: str) -> Figure:
     span = 1.2 * max(gaps, default=0.0)
     return {
-        "title": {"text": f"less {baseline_name}"},
+        "title": {"text": f"minus {baseline_name}"},
         "domain": [0, 0.28],
         "range": [-span, span] if span else [-1, 1],
         "tickvals": None if span else [0],
@@ -96,8 +98,15 @@ def _loss_ends(results: Sequence[ContenderResult]) -> list[tuple[str, float, flo
     names_by_curve: dict[tuple[float, ...], list[str]] = {}
     for result in results:
         names_by_curve.setdefault(tuple(result.loss), []).append(result.name)
-    ends = [(" = ".join(names), len(curve), curve[-1]) for curve, names in names_by_curve.items()]
+    ends = [(_equal_names(names), len(curve), curve[-1]) for curve, names in names_by_curve.items()]
     return [end for end in ends if _finite(end[2]) is not None]
+
+
+def _equal_names(names: Sequence[str]) -> str:
+    """The names of equal curves; of many only the first, or the label would take the width of the chart."""
+    if len(names) <= MAX_EQUAL_NAMES:
+        return " = ".join(names)
+    return f"{names[0]} = {len(names) - 1} others"
 
 
 def _finite(value: float) -> float | None:

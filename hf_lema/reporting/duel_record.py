@@ -120,6 +120,8 @@ def _title(settings: Mapping[str, Any]) -> str:
     if {"batch_size", "seq_len"} <= settings.keys():
         parts.append(f"{settings['batch_size']} x {settings['seq_len']} tokens")
     parts += [str(settings[name]) for name in ("precision",) if settings.get(name)]
+    if (num_processes := settings.get("num_processes") or 1) > 1:
+        parts.append(f"{num_processes} processes")
     return ", ".join(parts)
 
 
