@@ -23,6 +23,10 @@ from typing import Any
 
 from hf_lema.units import format_bytes
 
+EXIT_CODES = (
+    "exit codes: 0 done, 1 an error that the message explains or a problem that doctor found, 2 wrong usage, "
+    "130 interrupted"
+)
 Result = Mapping[str, Any]
 """What a command has to say: ``text`` for a person, ``exit_code`` where it is not 0, the rest for ``--json``."""
 
@@ -37,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     parser = argparse.ArgumentParser(
-        prog="hf-lema", description="Fine-tune models that do not fit on the card: what is done from a shell."
+        prog="hf-lema",
+        description="Fine-tune models that do not fit on the card: what is done from a shell.",
+        epilog=f"examples:\n{_first_examples()}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (summary, example, declare) in COMMANDS.items():
@@ -70,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(result), flush=True)
     return exit_code
+
+
+def _first_examples() -> str:
+    """One line of each command, for the help of them all."""
+    return "\n".join(example.splitlines()[0] for _, example, _ in COMMANDS.values())
 
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:

@@ -193,6 +193,16 @@ def test_wrong_usage_is_2_and_says_what_is_expected(arguments: list[str], capsys
     assert "usage: hf-lema" in capsys.readouterr().err
 
 
+def test_help_of_all_shows_one_example_of_each_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert all(sum(line.startswith(f"  hf-lema {name} ") for line in lines) == 1 for name in cli.COMMANDS)
+    assert "exit codes: 0 done, 1 an error" in printed
+    assert "\x1b" not in printed
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_every_command_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
