@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hf_lema.reporting import plots
 from hf_lema.reporting.chart_style import Chart
 from hf_lema.reporting.charts import duel_charts
 from hf_lema.reporting.contender import ContenderResult, UseSample
@@ -294,6 +295,8 @@ def test_eleven_contenders_look_different_and_their_names_are_in_the_legend_alon
 
     assert len(looks) == len({symbol for symbol, _ in looks}) == 11
     assert shown["vram"].figure["layout"]["annotations"] == []
+    in_pictures = {(plots._MARKERS[idx % len(plots._MARKERS)], plots._COLOURS[idx % 7]) for idx in range(11)}
+    assert len(in_pictures) == len({marker for marker, _ in in_pictures}) == 11
     (end,) = [each for each in shown["loss"].figure["layout"]["annotations"] if each.get("name") == "end"]
     assert end["text"] == "c0 = 10 others"
 

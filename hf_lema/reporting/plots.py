@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart with any colour vision; styles and markers differ too.
 _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-_LINE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)), (0, (9, 3, 2, 3)))
+# Styles and markers of other numbers than the colours: the eighth contender does not look like the first.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "<", "p")
 _NUM_MARKERS_PER_CURVE = 8
 
 
