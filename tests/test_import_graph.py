@@ -62,6 +62,7 @@ ROOMS: dict[str, set[str]] = {
     "model/packing": {"torch", "transformers"},
     "model/locating": {"torch", "transformers", "accelerate", "huggingface_hub"},
     "model/loading": {"torch", "transformers"},
+    "model/row_merge": {"torch", "peft"},
     "model/adapter": {"torch", "transformers", "peft", "safetensors"},
     "model/placement": {"torch", "transformers", "peft", "tqdm"},
     "model/stores": {"torch", "tqdm"},

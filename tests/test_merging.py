@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,9 @@ from hf_lema.export import merging
 from hf_lema.files import staging
 from hf_lema.files.checkpoint import CheckpointIndex
 from hf_lema.files.checkpoint_writer import CheckpointWriter, plan_checkpoint
+from hf_lema.model import row_merge
 from hf_lema.model.layer_tensors import PIECE_BYTES
+from hf_lema.model.row_merge import RowMerger
 
 pytestmark = pytest.mark.integration
 
@@ -141,6 +144,65 @@ def test_every_method_merges_as_peft_merges_it(tmp_path: Path, method: str, dtyp
     merged = assert_equal_to_stock(tmp_path, base, adapter)
     before, after = tensors_of(base), tensors_of(merged)
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items()), "nothing was merged"
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first row of every block that was merged, where blocks are as small as they can be."""
+    merged: list[int] = []
+    monkeypatch.setattr(row_merge, "BLOCK_VALUES", 1)
+    take_rows = row_merge._take_rows
+
+    def noted(twin: Any, adapter: str, weight: torch.Tensor, first: torch.Tensor) -> None:
+        merged.append(weight.storage_offset() // weight.shape[1])
+        take_rows(twin, adapter, weight, first)
+
+    monkeypatch.setattr(row_merge, "_take_rows", noted)
+    return merged
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_merged_apart_are_those_that_peft_merges_at_once(tmp_path: Path, blocks: list[int], dtype: torch.dtype):
+    base = save_base(tmp_path / "base", dtype=dtype, hidden_size=72, num_attention_heads=6)
+    adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules="all-linear", use_rslora=True))
+    assert_equal_to_stock(tmp_path, base, adapter)
+    assert {0, 16, 32, 48, 64} <= set(blocks), "the last block is not a whole one"
+
+
+def test_a_shape_whose_blocks_come_out_otherwise_is_merged_whole(
+    tmp_path: Path, blocks: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, lora())
+    monkeypatch.setattr(row_merge, "_is_block_of", lambda *_: False)
+    assert_equal_to_stock(tmp_path, base, adapter)
+    assert blocks == []
+
+
+def test_a_block_that_differs_in_its_last_bit_is_seen(blocks: list[int]):
+    model = get_peft_model(build(hidden_size=64), lora(init_lora_weights=False)).requires_grad_(False)
+    module: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    whole = module.get_delta_weight("default")
+    assert all(row_merge._is_block_of(module, whole, begin) for begin in range(0, 64, 16))
+    whole[20, 3] = torch.nextafter(whole[20, 3], torch.tensor(9.0))
+    assert [row_merge._is_block_of(module, whole, begin) for begin in range(0, 64, 16)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert len(blocks) == 8
+
+
+def test_merging_leaves_torch_the_threads_that_it_had():
+    def in_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads(), in_a_new_thread()
+    with RowMerger(2):
+        assert (torch.get_num_threads(), in_a_new_thread()) == before
+    assert (torch.get_num_threads(), in_a_new_thread()) == before
 
 
 @pytest.mark.parametrize("method", ["lora", "modules_to_save", "embeddings", "saved_embeddings", "trainable_tokens"])
@@ -548,7 +610,7 @@ def test_private_ram_is_bounded_by_two_layers_whatever_the_depth_and_the_vocabul
         layer_bytes.append(sum(parameter.nbytes for parameter in model.model.layers[0].parameters()))
         folders.append(tmp_path / str(len(folders)))
         model.save_pretrained(folders[-1])
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"] + ["up_proj", "down_proj"] * (architecture == "llama")
         get_peft_model(model, lora(target_modules=targets)).save_pretrained(folders[-1] / "adapter")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE_RAM, *map(str, folders)],

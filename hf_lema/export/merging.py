@@ -28,6 +28,7 @@ from hf_lema.model.adapter import AdapterFiles, AdapterOnMeta, find_adapter
 from hf_lema.model.conversion import ConversionGroup, convert, revert
 from hf_lema.model.layer_tensors import PIECE_BYTES, TensorReader, cast_checked
 from hf_lema.model.loading import Skeleton, build_skeleton
+from hf_lema.model.row_merge import RowMerger
 from hf_lema.units import MIB, format_bytes, parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -227,10 +228,10 @@ class _Merge:
         with self._reader.files, StagedFolder(output, needed_bytes, "the merged model") as folder:
             write_companions(self._model, self._request.name, self._request.hub, tokenizer, folder)
             bar = tqdm(total=self.layout.nbytes, desc="Merging", unit="B", unit_scale=True, delay=2)
-            with CheckpointWriter(folder, self.layout) as writer, bar, torch.no_grad():
-                self._write_units(writer, bar)
+            with CheckpointWriter(folder, self.layout) as writer, bar, RowMerger() as rows, torch.no_grad():
+                self._write_units(writer, rows, bar)
 
-    def _write_units(self, writer: CheckpointWriter, bar: Any) -> None:
+    def _write_units(self, writer: CheckpointWriter, rows: RowMerger, bar: Any) -> None:
         """Merge unit after unit, while the next one is read and the last one is written."""
         written: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="hf_lema-merge-write") as pool:
@@ -238,7 +239,7 @@ class _Merge:
                 if base is None:
                     self._pass_through(unit, writer)
                 else:
-                    made = self._make(unit, base)
+                    made = self._make(unit, base, rows)
                     del base
                     if written is not None:
                         written.result()
@@ -271,9 +272,9 @@ class _Merge:
             return None
         return self._read(self._adapter.base_names(unit.paths) if unit.paths else unit.names)
 
-    def _make(self, unit: _Unit, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _make(self, unit: _Unit, base: dict[str, torch.Tensor], rows: RowMerger) -> dict[str, torch.Tensor]:
         """The unit's tensors as the file will hold them; takes what it was given."""
-        merged = self._adapter.merge(unit.paths, base) if unit.paths else dict(base)
+        merged = self._adapter.merge(unit.paths, base, rows) if unit.paths else dict(base)
         base.clear()
         made = revert(
             self._model, {self._saved_names[name]: merged[name] for name in merged.keys() & self._saved_names.keys()}

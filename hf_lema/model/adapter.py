@@ -32,6 +32,7 @@ from hf_lema.files.foreign_json import listing, parse_json, shown
 from hf_lema.files.safetensors_header import read_header
 from hf_lema.model.conversion import transformers_at_least
 from hf_lema.model.layer_tensors import cast_checked
+from hf_lema.model.row_merge import RowMerger
 from hf_lema.runtime.host_memory import available_host_bytes
 from hf_lema.units import MIB, format_bytes
 
@@ -343,12 +344,13 @@ class AdapterOnMeta:
         }
         return [name for name, place in self._base.items() if _key(place) in owned]
 
-    def merge(self, paths: Sequence[str], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def merge(self, paths: Sequence[str], base: Mapping[str, torch.Tensor], rows: RowMerger) -> dict[str, torch.Tensor]:
         """Merge one unit.
 
         Args:
             paths: One of `units`. Each can be merged once.
             base: Name in the model without adapter -> weight, on the CPU. Of weights that are tied, one name is enough.
+            rows: Merges what can be merged some rows at a time.
 
         Returns:
             Name in the merged model -> tensor; the memory of the base weights may be among it.
@@ -366,6 +368,7 @@ class AdapterOnMeta:
             if self._base_init is not None:
                 self._repeat_init(holder, self._base_init)
                 self._fill(holder, {}, before)
+            rows.prepare(holder)
             with torch.no_grad():
                 # Not PEFT's safe_merge: that rounds the update to half precision before it is added, and what everybody
                 # gets from merge_and_unload() does not. What it looks for is looked for below.
