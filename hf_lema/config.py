@@ -26,8 +26,9 @@ class LemaConfig:
             batch. Cutting changes the order in which adapter gradients are summed, and which random numbers dropout
             draws.
         quantization: ``"nf4"`` packs the linears of decoder layers to 4 bits a value with bitsandbytes, those that
-            stock QLoRA packs; they compute in the model's dtype. None keeps the weights as they are. A checkpoint or
-            model that bitsandbytes has packed already is streamed as it is, whatever stands here.
+            stock QLoRA packs; they compute in the model's dtype. None keeps the weights as they are: 4 bits change the
+            numbers, so nothing chooses them by itself. A checkpoint or model that bitsandbytes has packed already is
+            streamed as it is, whatever stands here.
         double_quantization: Whether the scales of the 4-bit blocks are packed too (QLoRA's second quantization).
         self_check: Whether the first two training visits of every layer are run a second time with its weights fetched
             plainly, and compared: outputs, gradients, and the base weights before and after.

@@ -36,7 +36,7 @@ from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.duel_record import duel_from_json
 from hf_lema.reporting.headline import headline
 from hf_lema.reporting.page import write_page
-from hf_lema.reporting.report import NOISE_RULE, format_table, summarize, write_markdown, write_plots
+from hf_lema.reporting.report import NOISE_RULE, baseline_of, format_table, summarize, write_markdown, write_plots
 from hf_lema.units import format_bytes
 
 __all__ = ["CONTENDERS", "QUICK", "main", "parse_arguments"]
@@ -205,12 +205,15 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
     folder = args.output_dir
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     duel = duel_from_json(record)
-    print(f"\n{headline(duel.results, CONTENDERS[0])}\n\n{format_table(summarize(duel.results))}\n")
+    baseline = baseline_of(duel.results)
+    table = format_table(summarize(duel.results, baseline), baseline)
+    print(f"\n{headline(duel.results, baseline)}\n\n{table}\n")
     notes = [f"{result.name}: {note}" for result in duel.results for note in result.notes]
     print(*duel.remarks, *notes, NOISE_RULE, sep="\n")
     plots = write_plots(duel.results, folder)
-    write_markdown(duel.results, duel.environment, folder / "report.md", settings=duel.settings, plots=plots)
-    write_page([duel], folder / "report.html")
+    options: dict[str, Any] = {"settings": duel.settings, "plots": plots, "baseline_name": baseline}
+    write_markdown(duel.results, duel.environment, folder / "report.md", **options)
+    write_page([duel], folder / "report.html", baseline_name=baseline)
     print(f"\nreport.html, report.md, results.json and {', '.join(plot.name for plot in plots)} are in {folder}")
 
 

@@ -219,7 +219,7 @@ def write_results(args: argparse.Namespace, settings: dict[str, Any], outcomes: 
     sections = [
         markdown_table(head, scores),
         SCORE_LEGEND,
-        markdown_table(("technique", "what it is"), what),
+        markdown_table(("technique", "what it is"), what, num_words=2),
         "## Time and memory",
     ]
     write_markdown(

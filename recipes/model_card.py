@@ -96,9 +96,9 @@ class CardFigures:
     versions: Mapping[str, str]
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first column is words, the others are figures."""
-    lines = [head, [":--", *("--:" for _ in head[1:])], *rows]
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 1) -> str:
+    """A table in Markdown; the first ``num_words`` columns are words, the others are figures."""
+    lines = [head, [":--" if idx < num_words else "--:" for idx in range(len(head))], *rows]
     cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 

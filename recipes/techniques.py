@@ -41,8 +41,9 @@ ABLATION = {
     "flash": replace(_PLAIN, attention="flash_attention_2", summary="attention: flash_attention_2"),
     "no-recompute": replace(_PLAIN, recompute=False, summary="no gradient checkpointing"),
     "lema": replace(_PLAIN, contender="lema", summary="layers streamed"),
+    "lema-nf4": replace(_QLORA, contender="lema-nf4", summary="4 bits, layers streamed"),
 }
-"""One change a row, against the first."""
+"""One change a row, against the first; those of 4 bits against ``qlora``."""
 DUEL = ("qlora", "lema")
 SMALL_DUEL = ("peft", "lema")
 
@@ -54,7 +55,7 @@ def reason_not_to_run(technique: Technique, device: str) -> str | None:
             return "flash_attention_2 computes on a GPU only"
         if importlib.util.find_spec("flash_attn") is None:
             return "flash_attention_2 needs the package flash-attn, which is not installed"
-    if technique.contender == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+    if technique.contender in ("qlora", "lema-nf4") and importlib.util.find_spec("bitsandbytes") is None:
         return 'bitsandbytes is not installed: pip install "hf_lema[qlora]"'
     if technique.loftq and device == "cpu":
         return "PEFT's LoftQ initialisation of 4-bit weights computes on a GPU only"

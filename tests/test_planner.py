@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from hf_lema import LemaConfig, get_streamer
-from hf_lema.planning import rehearsal
+from hf_lema.planning import plan_table, rehearsal
 from hf_lema.planning.blueprint import draw, nf4_bytes, packed_weights, sort_tensors
 from hf_lema.planning.data_parallel import Launch
 from hf_lema.planning.device_rates import DATA_SHEETS, DeviceRates, find_rates, measure_rates
@@ -618,3 +618,19 @@ def test_stock_run_that_is_too_large_is_told_the_batch_that_fits() -> None:
     text = _advice(two, one.vram_bytes, cost)
 
     assert text == "stock PEFT: fits with per_device_train_batch_size=1."
+
+
+@pytest.mark.parametrize(("tiers", "is_told"), [(("mixed", "ram"), True), (("disk", "mixed"), False)])
+def test_layers_that_stay_in_files_are_told_what_nf4_would_take(
+    comparison: Any, tiers: tuple[str, str], is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def planned(cost: StepCost, config: LemaConfig, options: PlanOptions) -> Any:
+        asked.append(options.quantization)
+        return dataclasses.replace(comparison.plans[0], tier=tiers[len(asked) - 1])
+
+    monkeypatch.setattr(plan_table, "best_plan", planned)
+    told = compare_plans(SMALL, batch_size=1, seq_len=16, vram_bytes=4 * GIB, ram_bytes=8 * GIB, lora=ADAPTER).advice
+    assert asked == [None, "nf4"], "of its own it plans in the dtype that was asked for"
+    assert ['quantization="nf4"' in text for text in told] == [True] * is_told

@@ -19,7 +19,7 @@ from hf_lema.reporting import plots
 from hf_lema.reporting.contender import ContenderResult, UseSample
 from hf_lema.reporting.curves import CURVE_RULE
 from hf_lema.reporting.plots import write_plots
-from hf_lema.reporting.report import format_table, summarize, write_markdown
+from hf_lema.reporting.report import baseline_of, format_table, summarize, write_markdown
 from hf_lema.reporting.verdict import NOISE_RULE, step_median_and_spread_s, verdict
 from hf_lema.units import GIB, MIB
 
@@ -157,6 +157,12 @@ def test_no_verdict_on_the_step_from_fewer_than_four_timed_steps() -> None:
 def test_equal_steps_are_within_noise_even_without_any_spread() -> None:
     exact = (1.0,) * 7
     assert texts(result(step_s=exact), result("peft", step_s=exact))["step"] == "step within noise"
+
+
+def test_a_duel_without_stock_peft_is_held_against_its_first_contender() -> None:
+    assert baseline_of([result("qlora"), result("lema-nf4")]) == "qlora"
+    assert baseline_of([result("lema"), result("peft")]) == "peft"
+    assert baseline_of([]) == "peft"
 
 
 @pytest.mark.parametrize(

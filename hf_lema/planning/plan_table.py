@@ -98,6 +98,10 @@ def compare_plans(
     for plan, of_plan in ((peft, cost), (qlora, packed_cost)):
         if plan.vram_bytes > limit_bytes:
             advice.append(_advice(plan, limit_bytes, of_plan))
+    if streamed.tier in ("disk", "mixed") and config.ram_budget != "min" and not options.is_packed:
+        budgets = replace(config, vram_budget="min") if is_refused else config  # what fits unpacked fits packed
+        packed = best_plan(StepCost(model, batch_size, seq_len, lora, rates, four_bit), budgets, four_bit)
+        advice += _packing_advice(streamed, packed)
     plans = (streamed, peft, qlora)
     fits = (not is_refused, *(plan.vram_bytes <= limit_bytes for plan in plans[1:]))
     return PlanComparison(
@@ -125,6 +129,17 @@ def _advice(plan: MemoryPlan, limit_bytes: int, cost: StepCost) -> str:
     if not size:
         return f"{name}: no batch size fits at {plan.seq_len} tokens."
     return f"{name}: fits with per_device_train_batch_size={size}."
+
+
+def _packing_advice(streamed: MemoryPlan, packed: MemoryPlan) -> list[str]:
+    """What NF4 would take where layers are read from files at every visit. It changes the numbers: it is only said."""
+    if packed.tier not in ("ram", "vram"):
+        return []
+    return [
+        f'LEMA: layers are read from files at every visit; with quantization="nf4", which has the numbers of QLoRA, '
+        f"they would be in {format_bytes(packed.host.private_bytes)} of RAM, and a step take at least "
+        f"{packed.time.step_s:.3g} s instead of {streamed.time.step_s:.3g} s."
+    ]
 
 
 # ---- text ----

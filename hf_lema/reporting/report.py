@@ -30,6 +30,7 @@ __all__ = [
     "Row",
     "UseSample",
     "Verdict",
+    "baseline_of",
     "format_table",
     "summarize",
     "verdict",
@@ -91,6 +92,12 @@ class Row:
         if self.nearly_full_share is not None:
             parts.append(f"VRAM above 90 % in {100 * self.nearly_full_share:.0f} % of the steps")
         return "; ".join(parts)
+
+
+def baseline_of(results: Sequence[ContenderResult]) -> str:
+    """The contender that the others are held against: stock PEFT where it takes part, else the first."""
+    names = [result.name for result in results]
+    return BASELINE_NAME if BASELINE_NAME in names else next(iter(names), BASELINE_NAME)
 
 
 def summarize(results: Sequence[ContenderResult], baseline_name: str = BASELINE_NAME) -> list[Row]:

@@ -15,7 +15,7 @@ from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.duel_record import DuelRecord, read_duels
 from hf_lema.reporting.headline import headline
 from hf_lema.reporting.page import write_page
-from hf_lema.reporting.report import BASELINE_NAME, Row, format_table, summarize, write_markdown, write_plots
+from hf_lema.reporting.report import Row, baseline_of, format_table, summarize, write_markdown, write_plots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def make_report(
     *,
     html: str | Path | None = None,
     markdown: str | Path | None = None,
-    baseline_name: str = BASELINE_NAME,
+    baseline_name: str | None = None,
 ) -> Report:
     """Read results and write what is asked for.
 
@@ -71,7 +71,7 @@ def make_report(
         paths: ``results.json`` of duels, and JSON lines of ``bench_step.py``.
         html: The page to write; all duels go onto one.
         markdown: The Markdown file to write, its pictures beside it; takes a single duel.
-        baseline_name: The contender that the others are held against.
+        baseline_name: The contender that the others are held against; see `baseline_of` if None.
 
     Raises:
         ValueError: A file is no such record, Markdown is asked for and there is more than one duel, or no contender of
@@ -81,7 +81,9 @@ def make_report(
     """
     duels = read_duels(paths)
     names = dict.fromkeys(result.name for duel in duels for result in duel.results)
-    if baseline_name not in names and baseline_name != BASELINE_NAME:
+    if baseline_name is None:
+        baseline_name = baseline_of([result for duel in duels for result in duel.results])
+    elif baseline_name not in names:
         raise ValueError(f"no contender is named {baseline_name!r}; there are {', '.join(names)}")
     if markdown is not None and len(duels) != 1:
         raise ValueError(f"Markdown shows one duel, but the files hold {len(duels)}: give those of one, or use HTML")
