@@ -17,6 +17,8 @@ class StepChoices:
 
     Attributes:
         micro_batch_size: Sequences that a layer computes on at a time; 0 for the whole batch.
+        forward_micro_batch_size: Sequences that a layer's forward computes on at a time, which keeps no graph and takes
+            less memory for each of them; rounded down to whole micro-batches, 0 for one of these.
         tile_tokens: Tokens on which the token-wise part of a layer computes at a time; 0 for all.
         boundaries_in_ram: Whether the inputs of layers wait for the backward in host memory.
         outside_in_ram: Whether embedding and head lie in host memory.
@@ -27,13 +29,14 @@ class StepChoices:
     """
 
     micro_batch_size: int = 0
+    forward_micro_batch_size: int = 0
     tile_tokens: int = 0
     boundaries_in_ram: bool = False
     outside_in_ram: bool = False
     resident_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "tile_tokens"):
+        for name in ("micro_batch_size", "forward_micro_batch_size", "tile_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number, 0 for no cut, got {value!r}")

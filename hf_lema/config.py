@@ -24,7 +24,7 @@ class LemaConfig:
         micro_batch_size: Sequences that a layer computes on at a time during one visit; 0 for the whole batch. The
             layer's activations are then those of so many sequences, and it still crosses the bus once for the whole
             batch. Cutting changes the order in which adapter gradients are summed, and which random numbers dropout
-            draws.
+            draws. On a GPU the plan may have the forward, which takes less memory, compute on several parts at once.
         quantization: ``"nf4"`` packs the linears of decoder layers to 4 bits a value with bitsandbytes, those that
             stock QLoRA packs; they compute in the model's dtype. None keeps the weights as they are: 4 bits change the
             numbers, so nothing chooses them by itself. A checkpoint or model that bitsandbytes has packed already is

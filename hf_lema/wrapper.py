@@ -38,6 +38,7 @@ from hf_lema.layer.recompute import VisitOptions
 from hf_lema.layer.self_check import SelfCheck
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.loading import build_skeleton, find_decoder_layers
+from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
 from hf_lema.model.loss import ChunkedLoss
 from hf_lema.model.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.model.other_ways import (
@@ -355,6 +356,7 @@ class _Runtime:
     def apply(self, choices: StepChoices) -> None:
         """Runs steps in this way from now on. Only between steps."""
         self.options.micro_batches.micro_batch_size = choices.micro_batch_size
+        self.options.micro_batches.forward_micro_batch_size = choices.forward_micro_batch_size
         self.options.tiles.tile_tokens = choices.tile_tokens
         self.options.boundaries.in_use = choices.boundaries_in_ram
         if choices.outside_in_ram:
@@ -447,7 +449,7 @@ def _assemble(
     config: LemaConfig,
 ) -> None:
     boundaries = Boundaries(streamer.device, len(layers))
-    options = VisitOptions(MicroBatches(config.micro_batch_size), TokenTiles(), boundaries)
+    options = VisitOptions(MicroBatches(config.micro_batch_size), TokenTiles(), boundaries, LORA_INPUT_CASTS)
     flags = lm.config.get_text_config()
     states = [ProxyState(i, layer, streamer, places.get(i, ()), flags, options) for i, layer in enumerate(layers)]
     lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config, options)

@@ -3,7 +3,9 @@
     python recipes/check_plans.py
 
 Plans are made from shapes alone, for what the code did when the record was made: boundary activations, embedding and
-head in VRAM. The bus rate is the record's own. The rates below are those of the machine; two of them were fitted.
+head in VRAM, forward and backward cut alike. The bus rate is the record's own. The rates below are those of the
+machine; two of them were fitted. Visits have come to start fewer kernels since (casts made together; in cut visits no
+casts of inputs), so that the records in micro-batches are planned faster and smaller than they were measured.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ H100 = DeviceRates(
     vram_read_write_bytes_per_s=2.65e12,
     half_flop_per_s=765e12,
     float_flop_per_s=67e12,
-    # Fitted, with the record of micro-batches (0.789 s, bound by kernel starts).
+    # Fitted, with the record of micro-batches (0.789 s, bound by kernel starts) and what a visit started then.
     kernel_start_s=31e-6,
 )
 
@@ -60,6 +62,12 @@ class Comparison:
     def is_rate_its_own(self) -> bool:
         """Whether the disk's rate is taken from the record itself, so that its time proves nothing."""
         return bool(self.record["options"]["tier"] == "disk" and not self.record["options"]["cold"])
+
+    @property
+    def is_of_more_kernels(self) -> bool:
+        """Whether a slow host's starts of kernels bounded the step, of which visits make fewer since (c, 1 x 512)."""
+        options = self.record["options"]
+        return self.name.startswith("c") and options["contender"] == "lema" and options["batch_size"] == 1
 
     @property
     def time_error(self) -> float:
@@ -119,6 +127,7 @@ def _planned(path: Path, record: dict[str, Any]) -> MemoryPlan:
     )
     fixed = PlanOptions(
         micro_batch_size=_micro_batch_size(path, record),
+        forward_micro_batch_size=_micro_batch_size(path, record),
         boundaries="vram",
         embedding_and_head="vram",
         num_resident=record["num_resident"],

@@ -23,6 +23,8 @@ HOT_MODULES = (
     "layer/replay",
     "layer/layer_proxy",
     "layer/boundaries",
+    "layer/joint_casts",
+    "layer/piece_draws",
 )
 
 METHODS = {"synchronize", "record_stream", "to", "cpu", "cuda", "item", "tolist", "pin_memory", "clone", "contiguous"}
@@ -44,7 +46,12 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("runtime/slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
     ("runtime/prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
     ("runtime/streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
-    ("layer/recompute", "Visit.gradients", "torch.empty_like"): "the gradient that a cut visit hands on, once a visit",
+    ("layer/recompute", "Visit.gradients", "torch.cat"): "the gradient that a cut visit hands on, once a visit",
+    ("layer/recompute", "Visit.gradients", "torch.zeros_like"): "where nothing leads to a piece's input",
+    ("layer/joint_casts", "JointCasts.__init__", "torch.empty_like"): "casts, which autocast would make one by one",
+    ("layer/joint_casts", "JointCasts.joined", "torch.empty_like"): "gradients, which autograd would make one by one",
+    ("layer/piece_draws", "PieceDraws._draw", "torch.empty_like"): "what dropout would allocate too",
+    ("layer/piece_draws", "_plain", "clone"): "only where a tensor is not laid out as allocators do it",
     ("layer/boundaries", "_Arrival.__init__", "torch.empty"): "two buffers, made again only for a longer batch",
     ("layer/boundaries", "Boundaries._close_slabs", "synchronize"): "end of a life, or of a buffer that was too small",
     ("layer/layer_proxy", "ProxyState.weights_at_rest", "to"): "in a visit that is checked alone, on request",

@@ -89,7 +89,10 @@ def test_plans_agree_with_every_record_of_the_h100() -> None:
     assert [c.name for c in found if abs(c.vram_error) > MAX_VRAM_ERROR] == []
     timed = [c for c in found if not c.is_rate_its_own]
     assert len(timed) >= 14
-    assert [c.name for c in timed if abs(c.time_error) > MAX_TIME_ERROR] == []
+    assert [c.name for c in timed if abs(c.time_error) > MAX_TIME_ERROR and not c.is_of_more_kernels] == []
+    older = [c for c in timed if c.is_of_more_kernels]
+    assert [c.name for c in older if not -0.25 < c.time_error < 0] == []
+    assert len(older) == 1
     streamed = [c for c in found if c.record["options"]["contender"] == "lema"]
     assert [c.name for c in streamed if c.plan.h2d_bytes != c.record["h2d_predicted_bytes"]] == []
 
@@ -213,6 +216,7 @@ def part_costs(lm: Any, precision: torch.dtype | None) -> dict[str, Any]:
     return {
         "streamed": rehearsed.streamed_visit(1, 4, 24, 0),
         "cut": rehearsed.streamed_visit(1, 4, 24, 2),
+        "cut backward": rehearsed.streamed_visit(1, 4, 24, 2, 0, 4),
         "checkpointed": rehearsed.stock_visit(1, 4, 24, True),
         "plain": rehearsed.stock_visit(1, 4, 24, False),
         "loss": rehearsed.ends(4, 24, False),
@@ -241,7 +245,13 @@ def test_fake_run_counts_what_a_real_run_counts(precision: torch.dtype | None, m
     # With values to look at, transformers asks a few questions of the mask; they leave nothing behind.
     assert [_bytes_of(real[how]) for how in ends] == [_bytes_of(fake[how]) for how in ends]
     assert fake["cut"].backward.peak_bytes < fake["streamed"].backward.peak_bytes
+    assert fake["cut backward"].backward.peak_bytes < fake["cut"].backward.peak_bytes  # it keeps no masks
+    assert num_kernels(fake["cut backward"].forward) < 0.8 * num_kernels(fake["cut"].forward)
     assert fake["chunked loss"].forward.kept_bytes < fake["loss"].forward.kept_bytes
+
+
+def num_kernels(measure: rehearsal.Measure) -> int:
+    return sum(kernels.count for kernels in measure.work)
 
 
 def _bytes_of(cost: rehearsal.PartCost) -> list[tuple[int, int]]:

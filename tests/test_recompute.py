@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.micro_batch import MicroBatches
-from hf_lema.layer.recompute import Recompute, Visit, VisitOptions
+from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
 from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.runtime.schedule import Direction
@@ -65,6 +65,7 @@ class Layer:
 
     def __init__(self, toy: Toy, micro_batch_size: int = 0) -> None:
         self.toy = self.layer = toy
+        self.parts = LayerParts(list(toy.modules()))
         self.options = VisitOptions(MicroBatches(micro_batch_size), TokenTiles(), Boundaries(CPU, num_layers=1))
         self.visits: list[tuple[Direction, bool]] = []
         self.is_lent = False

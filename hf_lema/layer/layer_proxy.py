@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_lema.files.layout import PackedMatrix
-from hf_lema.layer.recompute import Recompute, Visit, VisitOptions
+from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
 from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.self_check import CheckedVisit, SelfCheck
 from hf_lema.runtime.schedule import Direction
@@ -142,6 +142,7 @@ class ProxyState:
         self._modules: list[nn.Module] = []
         self._signature: list[int] | None = None
         self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self._parts = LayerParts(())
         self.own_parameters()  # what is there now: an adapter that is added later is seen as a change
 
     def registered(self, tensor: StreamedTensor) -> torch.Tensor:
@@ -152,6 +153,11 @@ class ProxyState:
     def is_visited(self) -> bool:
         """Whether a visit is under way: what is registered is then lent, or an alias."""
         return bool(self._journal)
+
+    @property
+    def parts(self) -> LayerParts:
+        """What a visit treats by itself; as fresh as the last `own_parameters`."""
+        return self._parts
 
     def own_parameters(self) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
         """(registry, name, parameter) of everything under the layer that is not streamed: adapters, what trains.
@@ -167,6 +173,7 @@ class ProxyState:
                 # which no version counter and no pointer shows.
                 self.streamer.invalidate_if_changed(self.layer_idx, was_visited=self._was_visited)
             self._modules = list(self.layer.modules())
+            self._parts = LayerParts(self._modules, self._options.input_casts)
             streamed = {(id(t.owner), t.attribute) for t in self.streamed}
             self._own = [
                 (module._parameters, name, parameter)

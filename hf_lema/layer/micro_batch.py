@@ -5,12 +5,15 @@ Responsibility: which arguments are cut, and the proof that a layer class may be
 The layer crosses the bus once and computes on a few sequences at a time, forward and backward, so that its activations
 are those of a piece. Without dropout the outputs differ from the uncut visit only by the kernels' choice for another
 batch size, and adapter gradients by the order in which the pieces are summed.
+
+A forward keeps no graph and takes less memory for the whole batch than a backward for a part of it, so that it may
+compute on several pieces at once: where starting kernels takes the time, each of them starts once.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +66,21 @@ class MicroBatches:
         micro_batch_size: Sequences in a piece; 0 to cut nothing.
         is_verified: Whether every layer class is known to agree; it is then not checked.
 
+        forward_micro_batch_size: Sequences in a forward, which keeps no graph and so has room for more than a backward;
+            at least a piece.
+
     Attributes:
         micro_batch_size: As given; may be changed between steps.
+        forward_micro_batch_size: As given; may be changed between steps.
+        is_verified: As given.
     """
 
-    def __init__(self, micro_batch_size: int, is_verified: bool = False) -> None:
+    def __init__(self, micro_batch_size: int, is_verified: bool = False, *, forward_micro_batch_size: int = 0) -> None:
         self.micro_batch_size = micro_batch_size
-        self._is_verified = is_verified
+        self.forward_micro_batch_size = forward_micro_batch_size
+        self.is_verified = is_verified
         self._may_cut: dict[type[nn.Module], bool] = {}
+        self._apart: set[type[nn.Module]] = set()
 
     def pieces(
         self,
@@ -93,10 +103,23 @@ class MicroBatches:
         if not size or batch_size <= size or hidden.dim() != 3 or not _known(named, batch_size):
             return whole
         if type(layer) not in self._may_cut:
-            self._may_cut[type(layer)] = self._is_verified or _agrees(layer, hidden, named, run)
+            self._may_cut[type(layer)] = self.is_verified or _agrees(layer, hidden, named, run)
         if not self._may_cut[type(layer)]:
             return whole
         return [Piece(begin, min(begin + size, batch_size)) for begin in range(0, batch_size, size)]
+
+    def groups(self, layer: nn.Module, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
+        """The pieces that a forward computes on at once."""
+        size = self.forward_micro_batch_size
+        if type(layer) in self._apart or size <= self.micro_batch_size:
+            num_pieces = 1
+        else:
+            num_pieces = len(pieces) if size >= pieces[-1].end else size // self.micro_batch_size
+        return [pieces[begin : begin + num_pieces] for begin in range(0, len(pieces), num_pieces)]
+
+    def keep_apart(self, layer: nn.Module) -> None:
+        """From now on layers of this class compute on one piece at a time in the forward too."""
+        self._apart.add(type(layer))
 
 
 def _known(named: Mapping[str, Any], batch_size: int) -> bool:

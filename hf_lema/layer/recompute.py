@@ -10,8 +10,8 @@ has no graph and use it in a later recompute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +20,41 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hf_lema.layer.boundaries import Boundaries
+from hf_lema.layer.joint_casts import JointCasts, plain_linears, summed
 from hf_lema.layer.micro_batch import MicroBatches, Piece
+from hf_lema.layer.piece_draws import DrawsElsewhereError, PieceDraws, active_dropouts
 from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.runtime.schedule import Direction
+
+
+class InputCasts(Protocol):
+    """Casts of inputs to the dtype of an adapter's weights, which autocast undoes at once."""
+
+    def find(self, modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
+        """The modules that make such casts."""
+
+    def left_out(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Leaves their casts out for the duration of the block."""
+
+
+class LayerParts:
+    """The modules of a layer that a visit treats by themselves.
+
+    Args:
+        modules: All modules of the layer.
+        input_casts: Finds those that cast their inputs.
+
+    Attributes:
+        linears: See `JointCasts`.
+        dropouts: See `PieceDraws`.
+        input_casters: As found.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], input_casts: InputCasts | None = None) -> None:
+        self.linears = plain_linears(modules)
+        self.dropouts = [module for module in modules if type(module) is nn.Dropout]
+        self.input_casters = [] if input_casts is None else input_casts.find(modules)
 
 
 class StreamedLayer(Protocol):
@@ -31,6 +62,10 @@ class StreamedLayer(Protocol):
 
     layer_idx: int
     layer: nn.Module
+
+    @property
+    def parts(self) -> LayerParts:
+        """What a visit treats by itself."""
 
     def weights(self, direction: Direction, *, expect_backward: bool = False) -> AbstractContextManager[None]:
         """Has the layer's weights on the device for the duration of the block."""
@@ -52,11 +87,13 @@ class VisitOptions:
         micro_batches: How visits are cut along the batch.
         tiles: How the token-wise part of a layer is cut along the tokens.
         boundaries: Where hidden states wait for the backward, if not in device memory.
+        input_casts: Casts that may be left out where the numbers do not change; None for none.
     """
 
     micro_batches: MicroBatches
     tiles: TokenTiles
     boundaries: Boundaries
+    input_casts: InputCasts | None = None
 
 
 class Visit:
@@ -91,6 +128,8 @@ class Visit:
         self._named = kwargs
         self._batch_size = batch_size
         self._pieces: list[Piece] = []
+        self._draws: PieceDraws | None = None
+        self._are_inputs_cast = True
         self._trainable_slots = trainable_slots
         self._is_tuple = False
         self._num_outputs = 1
@@ -98,6 +137,7 @@ class Visit:
         self._hooks = hooks
         self._rng = RandomState.capture(device)
         self._autocast = AutocastState.capture(device)
+        self._device = device
 
     def run(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], piece: Piece | None = None
@@ -118,20 +158,57 @@ class Visit:
 
     def run_forward(self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The forward visit, piece by piece; the pieces are remembered for the recompute."""
+        cut = self.options.micro_batches
         if not self._args:
-            self._pieces = self.options.micro_batches.pieces(
+            self._pieces = cut.pieces(
                 self.layer.layer, hidden, self._named, lambda part, named: self.layer.call_plain(part, **named)
             )
-        if not self.is_cut:
-            return self.run(hidden, trainables)
+        dropouts = active_dropouts(self.layer.parts.dropouts)
+        # A dropout's mask depends on the dtype in which it is drawn: stock's, unless the batch is cut anyway.
+        self._are_inputs_cast = bool(dropouts) and not self.is_cut
+        with self._casts_entered(trainables):
+            if not self.is_cut:
+                return self.run(hidden, trainables)
+            pieces = self._pieces
+            groups = cut.groups(self.layer.layer, pieces)
+            # Tiles are recomputed by themselves in the backward, out of the order in which they drew.
+            if len(groups) == len(pieces) or self._tile_tokens:
+                return self._run_pieces(hidden, trainables, [[piece] for piece in pieces])
+            self._draws = PieceDraws(self._device, dropouts, cut.is_verified)
+            try:
+                return self._run_pieces(hidden, trainables, groups)
+            except DrawsElsewhereError:
+                cut.keep_apart(self.layer.layer)
+            self._draws = None
+            self._rng.restore()
+            return self._run_pieces(hidden, trainables, [[piece] for piece in pieces])
+
+    def _run_pieces(
+        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], groups: Sequence[Sequence[Piece]]
+    ) -> tuple[torch.Tensor, ...]:
+        """The forward on some pieces at a time; outputs of the whole batch."""
         whole: list[torch.Tensor] = []
-        for piece in self._pieces:
-            outputs = self.run(hidden[piece.begin : piece.end], trainables, piece)
+        for group in groups:
+            part = Piece(group[0].begin, group[-1].end)
+            with nullcontext() if self._draws is None else self._draws.drawing(group):
+                if len(groups) == 1:
+                    return self.run(hidden, trainables)
+                outputs = self.run(hidden[part.begin : part.end], trainables, part)
             if not whole:
                 whole = [o.new_empty((self._batch_size, *o.shape[1:])) for o in outputs]
             for target, output in zip(whole, outputs, strict=True):
-                target[piece.begin : piece.end] = output
+                target[part.begin : part.end] = output
         return tuple(whole)
+
+    @contextmanager
+    def _casts_entered(self, trainables: Sequence[torch.Tensor]) -> Iterator[JointCasts]:
+        """Has the layer cast together, or not at all, what autocast and adapters would cast one by one."""
+        parts, dtype = self.layer.parts, self._autocast.half_dtype(self._device)
+        casts = JointCasts(parts.linears, self._trainable_slots, trainables, dtype)
+        inputs = self.options.input_casts
+        leaves_out = inputs is not None and dtype is not None and not self._are_inputs_cast
+        with casts.entered(), inputs.left_out(parts.input_casters) if inputs and leaves_out else nullcontext():
+            yield casts
 
     @property
     def is_cut(self) -> bool:
@@ -151,22 +228,22 @@ class Visit:
         Returns:
             The gradient of the hidden states (None if not needed), then those of the trainable tensors.
         """
-        with self._rng.replayed(), self._hooks.entered():
+        with self._rng.replayed(), self._hooks.entered(), self._casts_entered(trainables) as casts:
             if not self.is_cut:
-                return self._piece_gradients(hidden, trainables, grad_outputs, None)
-            hidden_grad = torch.empty_like(hidden) if hidden.requires_grad else None
+                return self._piece_gradients(hidden, trainables, grad_outputs, None, casts)
+            hidden_grads: list[torch.Tensor] = []  # joined at the end: the last piece's peak is without its own part
             sums: list[torch.Tensor | None] = [None] * len(trainables)
             for piece in self._pieces:
                 part = hidden[piece.begin : piece.end].detach().requires_grad_(hidden.requires_grad)
                 parts = tuple(None if g is None else g[piece.begin : piece.end] for g in grad_outputs)
-                part_grad, *grads = self._piece_gradients(part, trainables, parts, piece)
-                if hidden_grad is not None:
-                    if part_grad is None:
-                        hidden_grad[piece.begin : piece.end].zero_()
-                    else:
-                        hidden_grad[piece.begin : piece.end] = part_grad
-                sums = [g if s is None else s if g is None else s + g for s, g in zip(sums, grads, strict=True)]
-            return [hidden_grad, *sums]
+                replaying = nullcontext() if self._draws is None else self._draws.replaying(piece, self.layer.layer_idx)
+                with replaying:
+                    part_grad, *grads = self._piece_gradients(part, trainables, parts, piece, casts)
+                if part.requires_grad:
+                    hidden_grads.append(torch.zeros_like(part) if part_grad is None else part_grad)
+                del part, part_grad
+                sums = summed(sums, grads)
+            return [torch.cat(hidden_grads) if hidden_grads else None, *sums]
 
     def _piece_gradients(
         self,
@@ -174,17 +251,20 @@ class Visit:
         trainables: tuple[torch.Tensor, ...],
         grad_outputs: tuple[torch.Tensor | None, ...],
         piece: Piece | None,
+        casts: JointCasts,
     ) -> list[torch.Tensor | None]:
         with self._autocast.entered():
             outputs = self.run(hidden, trainables, piece)
         pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad and g is not None]
-        wanted = ([hidden] if hidden.requires_grad else []) + list(trainables)
         if not pairs:
             return [None] * (1 + len(trainables))
+        leaves = ([hidden] if hidden.requires_grad else []) + [*trainables, *casts.halves]
         grads: list[torch.Tensor | None] = list(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
         )
-        return grads if hidden.requires_grad else [None, *grads]
+        hidden_grad = grads.pop(0) if hidden.requires_grad else None
+        num_alone = len(trainables)
+        return [hidden_grad, *casts.joined(grads[:num_alone], grads[num_alone:])]
 
     def _tensors_of(self, output: Any) -> tuple[torch.Tensor, ...]:
         self._is_tuple = isinstance(output, tuple)

@@ -6,13 +6,21 @@ Responsibility: capture and re-enter. Knows no layers. What ``torch.utils.checkp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The generator from which operators on a device draw."""
+    if device.type != "cuda":
+        return torch.default_generator
+    generators: Sequence[torch.Generator] = torch.cuda.default_generators
+    return generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,11 @@ class AutocastState:
         types = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         settings = tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types)
         return cls(settings, torch.is_autocast_cache_enabled())
+
+    def half_dtype(self, device: torch.device) -> torch.dtype | None:
+        """The dtype to which weights are cast once and for all uses; None where they are not."""
+        on = [dtype for kind, is_on, dtype in self.settings if kind == device.type and is_on and self.cache_enabled]
+        return next(iter(on), None)
 
     @contextmanager
     def entered(self) -> Iterator[None]:

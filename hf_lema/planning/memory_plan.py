@@ -131,6 +131,7 @@ class MemoryPlan:
         batch_size: Sequences of a step.
         seq_len: Tokens of each.
         micro_batch_size: Sequences that a layer computes on at a time.
+        forward_micro_batch_size: The same in the forward, which keeps no graph.
         tile_tokens: Tokens on which the token-wise part of a layer computes at a time; 0 for all.
         resident_layers: Layers that stay in VRAM.
         num_layers: Layers of the model.
@@ -160,6 +161,7 @@ class MemoryPlan:
     batch_size: int
     seq_len: int
     micro_batch_size: int
+    forward_micro_batch_size: int
     tile_tokens: int
     resident_layers: tuple[int, ...]
     num_layers: int
@@ -197,6 +199,9 @@ class MemoryPlan:
         """What the plan decides."""
         return StepChoices(
             micro_batch_size=self.micro_batch_size if self.micro_batch_size < self.batch_size else 0,
+            forward_micro_batch_size=0
+            if self.forward_micro_batch_size == self.micro_batch_size
+            else self.forward_micro_batch_size,
             tile_tokens=self.tile_tokens,
             boundaries_in_ram=self.boundaries == "ram",
             outside_in_ram=self.embedding_and_head == "ram",

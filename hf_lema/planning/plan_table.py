@@ -168,7 +168,7 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("- page-locked", format_bytes(plan.host.page_locked_bytes)),
         *([(f"RAM of all {launch.num_processes}", format_bytes(plan.host_group_bytes))] if is_group else []),
         ("left in files", format_bytes(plan.host.file_backed_bytes)),
-        ("micro-batch", str(plan.micro_batch_size)),
+        ("micro-batch", _micro_batch(plan)),
         ("layers rest in", plan.tier),
         ("boundaries wait in", plan.boundaries),
         ("moved a step", format_bytes(plan.h2d_bytes)),
@@ -178,6 +178,11 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("step, at least", f"{plan.time.step_s:.3g} s"),
         *([(f"tokens/s of all {launch.world_size}", f"{plan.tokens_per_s:.4g}")] if is_group else []),
     ]
+
+
+def _micro_batch(plan: MemoryPlan) -> str:
+    both = plan.forward_micro_batch_size, plan.micro_batch_size
+    return str(both[1]) if both[0] == both[1] else "{} (forward), {} (backward)".format(*both)
 
 
 def _phase_text(compute_s: float, moving_s: float) -> str:

@@ -34,6 +34,9 @@ from hf_lema.units import format_bytes
 TILE_TOKENS = 4096
 """Tokens of a tile, where one sequence is longer: large enough for matrix products at full rate."""
 
+MAX_PIECES_AT_ONCE = 8
+"""Most micro-batches on which a planned forward computes at once; with more of them its memory is what counts."""
+
 MAX_MIN_SLOWDOWN = 1.2
 """Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
 
@@ -43,6 +46,7 @@ Model = str | Path | PretrainedConfig | nn.Module
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
     micro_batch_size: int
+    forward_micro_batch_size: int
     tile_tokens: int
     boundaries: Place
     embedding_and_head: Place
@@ -141,6 +145,7 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
         batch_size=cost.batch_size,
         seq_len=cost.seq_len,
         micro_batch_size=cost.batch_size,
+        forward_micro_batch_size=cost.batch_size,
         tile_tokens=0,
         resident_layers=tuple(range(cost.num_layers)),
         num_layers=cost.num_layers,
@@ -220,7 +225,7 @@ class _Search:
         return min(filled, key=lambda plan: (plan.time.step_s, plan.h2d_bytes, plan.vram_bytes))
 
     def _choices(self) -> Iterator[_Choice]:
-        """Every way to run, the micro-batch halved from the whole batch down."""
+        """Every way to run: the batch halved again and again, the forward on one of the parts, two, or all."""
         sizes = [self._cost.batch_size]
         while sizes[-1] > 1:
             sizes.append(-(-sizes[-1] // 2))
@@ -229,11 +234,24 @@ class _Search:
         places: tuple[Place, ...] = ("vram", "ram")
         boundaries = places if self._options.boundaries is None else (self._options.boundaries,)
         ends = places if self._options.embedding_and_head is None else (self._options.embedding_and_head,)
-        cuts = [(size, 0) for size in sizes]
+        cuts = [(size, at_once, 0) for size in sizes for at_once in self._forward_sizes(size)]
         if sizes[-1] == 1 and self._cost.seq_len > TILE_TOKENS:
-            cuts.append((1, TILE_TOKENS))
-        for (size, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
-            yield _Choice(micro_batch_size=size, tile_tokens=tile_tokens, boundaries=boundary, embedding_and_head=end)
+            cuts.append((1, 1, TILE_TOKENS))
+        for (size, at_once, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
+            yield _Choice(
+                micro_batch_size=size,
+                forward_micro_batch_size=at_once,
+                tile_tokens=tile_tokens,
+                boundaries=boundary,
+                embedding_and_head=end,
+            )
+
+    def _forward_sizes(self, micro_batch_size: int) -> list[int]:
+        """What the forward may compute on at a time beside such a backward."""
+        fixed, whole = self._options.forward_micro_batch_size, self._cost.batch_size
+        if fixed is not None:
+            return [min(max(fixed, micro_batch_size), whole)]
+        return sorted({min(n * micro_batch_size, whole) for n in (1, 2, MAX_PIECES_AT_ONCE)})
 
     def _filled(self, plan: MemoryPlan, budget_bytes: int) -> MemoryPlan:
         """The same way to run with as many resident layers as the budget holds."""
@@ -242,6 +260,7 @@ class _Search:
             num_resident = min(num_resident, self._options.num_resident)
         choice = _Choice(
             micro_batch_size=plan.micro_batch_size,
+            forward_micro_batch_size=plan.forward_micro_batch_size,
             tile_tokens=plan.tile_tokens,
             boundaries=plan.boundaries,
             embedding_and_head=plan.embedding_and_head,
@@ -303,7 +322,8 @@ class _Search:
 
     def _plan(self, choice: _Choice, num_resident: int) -> MemoryPlan:
         cost, tensors = self._cost, self._cost.tensors
-        visits, ends = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens), self._ends(choice)
+        visits = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens, choice.forward_micro_batch_size)
+        ends = self._ends(choice)
         ends_in_ram = choice.embedding_and_head == "ram"
         resident = choose_resident(num_resident, self._layers, self._file_layers)
         num_streamed = len(self._layers) - num_resident
@@ -315,6 +335,7 @@ class _Search:
             batch_size=cost.batch_size,
             seq_len=cost.seq_len,
             micro_batch_size=choice.micro_batch_size,
+            forward_micro_batch_size=choice.forward_micro_batch_size,
             tile_tokens=choice.tile_tokens,
             resident_layers=resident,
             num_layers=cost.num_layers,

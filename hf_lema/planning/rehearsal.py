@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.layer_proxy import tensors_in
 from hf_lema.layer.micro_batch import MicroBatches
-from hf_lema.layer.recompute import Recompute, Visit, VisitOptions
+from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
 from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.loading import find_decoder_layers
+from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
 from hf_lema.model.loss import ChunkedLoss
 from hf_lema.model.outside import OutsideWeights
 from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Measure, behaving
@@ -93,7 +94,13 @@ class Rehearsal:
         self._costs: dict[Any, PartCost] = {}
 
     def streamed_visit(
-        self, layer_idx: int, batch_size: int, seq_len: int, micro_batch_size: int, tile_tokens: int = 0
+        self,
+        layer_idx: int,
+        batch_size: int,
+        seq_len: int,
+        micro_batch_size: int,
+        tile_tokens: int = 0,
+        forward_micro_batch_size: int = 0,
     ) -> PartCost:
         """A training visit of a streamed layer, cut as `StepChoices` says; the layer's weights are not counted."""
         layer = self._layers[layer_idx]
@@ -108,13 +115,14 @@ class Rehearsal:
             ]
             slots: list[tuple[dict[str, Any], str]] = [(registry, name) for registry, name, _ in own]
             tiles = TokenTiles(tile_tokens, is_verified=True)
-            cut = MicroBatches(micro_batch_size, is_verified=True)
+            cut = MicroBatches(micro_batch_size, is_verified=True, forward_micro_batch_size=forward_micro_batch_size)
             options = VisitOptions(cut, tiles, Boundaries(_CPU, len(self._layers)))
             visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size)
             outputs = Recompute.apply(visit, hidden, *(p for *_, p in own))  # type: ignore[no-untyped-call]
             return visit.rebuild(outputs)
 
-        return self._visit(layer_idx, batch_size, seq_len, ("streamed", micro_batch_size, tile_tokens), call)
+        how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size)
+        return self._visit(layer_idx, batch_size, seq_len, how, call)
 
     def stock_visit(self, layer_idx: int, batch_size: int, seq_len: int, is_checkpointed: bool) -> PartCost:
         """A visit of a resident layer under stock PEFT, with or without gradient checkpointing."""
@@ -261,6 +269,7 @@ class _BareLayer:
     def __init__(self, layer_idx: int, layer: nn.Module, forward: Callable[..., Any]) -> None:
         self.layer_idx = layer_idx
         self.layer = layer
+        self.parts = LayerParts(list(layer.modules()), LORA_INPUT_CASTS)
         self._forward = forward
 
     @contextmanager

@@ -44,6 +44,7 @@ class PlanOptions:
         num_processes: Processes on each machine; they share one slab.
         launch: Machines and links beside that; ``num_processes`` counts, not the one in it.
         micro_batch_size: Fixed instead of chosen; None to choose.
+        forward_micro_batch_size: The same for the forward; None to choose.
         boundaries: Fixed place of boundary activations; None to choose.
         embedding_and_head: Fixed place of these; None to choose.
         num_resident: Most resident layers; None for as many as fit.
@@ -61,6 +62,7 @@ class PlanOptions:
     num_processes: int = 1
     launch: Launch = field(default_factory=Launch)
     micro_batch_size: int | None = None
+    forward_micro_batch_size: int | None = None
     boundaries: Place | None = None
     embedding_and_head: Place | None = None
     num_resident: int | None = None
@@ -190,20 +192,23 @@ class StepCost:
 
     # ---- visits ----
 
-    def _streamed_visits(self, micro_batch_size: int, tile_tokens: int = 0) -> VisitCosts:
-        """Visits in micro-batches and tiles.
+    def _streamed_visits(
+        self, micro_batch_size: int, tile_tokens: int = 0, forward_micro_batch_size: int = 0
+    ) -> VisitCosts:
+        """Visits in micro-batches and tiles, the forward on at least one micro-batch.
 
-        At most two pieces are rehearsed. More of them are that work over again, and longer tensors of the whole batch:
-        the output in the forward, the input's gradient in the backward.
+        At most two pieces of the forward are rehearsed. More of them are that work over again, and longer tensors of
+        the whole batch: the output in the forward, the input's gradient in the backward.
         """
-        num_rehearsed = min(2 * micro_batch_size, self.batch_size)
+        forward_size = max(micro_batch_size, forward_micro_batch_size)
+        num_rehearsed = min(2 * forward_size, self.batch_size)
         size = micro_batch_size if micro_batch_size < self.batch_size else 0
         costs = [
-            self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, tile_tokens)
+            self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, tile_tokens, forward_size)
             for i in range(self.num_layers)
         ]
-        repeats = -(-self.batch_size // micro_batch_size) / -(-num_rehearsed // micro_batch_size)
-        return self._visits(costs, num_rehearsed, repeats)
+        repeats = [-(-self.batch_size // n) / -(-num_rehearsed // n) for n in (forward_size, micro_batch_size)]
+        return self._visits(costs, num_rehearsed, *repeats)
 
     def stock_visits(self, is_checkpointed: bool) -> VisitCosts:
         """Visits of stock PEFT, the whole batch at once."""
@@ -211,9 +216,11 @@ class StepCost:
             self._rehearsal.stock_visit(i, self.batch_size, self.seq_len, is_checkpointed)
             for i in range(self.num_layers)
         ]
-        return self._visits(costs, self.batch_size, 1.0)
+        return self._visits(costs, self.batch_size, 1.0, 1.0)
 
-    def _visits(self, costs: Sequence[PartCost], num_rehearsed: int, repeats: float) -> VisitCosts:
+    def _visits(
+        self, costs: Sequence[PartCost], num_rehearsed: int, forward_repeats: float, backward_repeats: float
+    ) -> VisitCosts:
         output_bytes = [cost.output_bytes // num_rehearsed * self.batch_size for cost in costs]
         more_bytes = [whole - cost.output_bytes for whole, cost in zip(output_bytes, costs, strict=True)]
         paired = list(zip(costs, more_bytes, strict=True))
@@ -224,8 +231,8 @@ class StepCost:
             output_bytes=tuple(output_bytes),
             forward_peak_bytes=tuple(cost.forward.peak_bytes + more for cost, more in paired),
             backward_peak_bytes=tuple(cost.backward.peak_bytes + more for cost, more in paired),
-            forward_s=repeats * sum(seconds(cost.forward.work) for cost in costs),
-            backward_s=repeats * sum(seconds(cost.backward.work) for cost in costs[self.lowest :]),
+            forward_s=forward_repeats * sum(seconds(cost.forward.work) for cost in costs),
+            backward_s=backward_repeats * sum(seconds(cost.backward.work) for cost in costs[self.lowest :]),
         )
 
     # ---- memory ----
