@@ -42,12 +42,15 @@ PEFT, QLORA = "peft", "qlora"
 LEMA: dict[str, tuple[StepChoices, bool]] = {
     "lema": (StepChoices(), False),
     "lema-4": (StepChoices(micro_batch_size=4), False),
+    "lema-4-whole": (StepChoices(micro_batch_size=4, forward_micro_batch_size=8), False),
     "lema-2": (StepChoices(micro_batch_size=2), False),
+    "lema-2-whole": (StepChoices(micro_batch_size=2, forward_micro_batch_size=8), False),
     "lema-ram-4": (StepChoices(micro_batch_size=4, boundaries_in_ram=True, outside_in_ram=True), False),
     "lema-nf4": (StepChoices(), True),
     "lema-nf4-4": (StepChoices(micro_batch_size=4), True),
 }
-"""Streamed rows: how they run, and whether their linears are in 4 bits. The number is the micro-batch, of 8."""
+"""Streamed rows: how they run, and whether their linears are in 4 bits. The number is the micro-batch, of 8 sequences;
+"whole" is a forward on all of them."""
 ROWS = (PEFT, QLORA, *LEMA)
 
 
@@ -126,9 +129,12 @@ def stepper(model: nn.Module) -> tuple[Callable[[], torch.Tensor], Callable[[tor
             loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
 
+    trainables = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
     def backward(loss: torch.Tensor) -> None:
         loss.backward()
-        model.zero_grad(set_to_none=True)
+        for parameter in trainables:
+            parameter.grad = None
 
     return forward, backward
 
