@@ -201,7 +201,7 @@ def test_a_first_rank_that_ends_at_once_still_serves_those_that_come_late() -> N
 
 def test_another_users_process_is_neither_served_nor_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     users = iter([os.getuid() + 1, os.getuid()])
-    monkeypatch.setattr(local_ranks, "_user_of", lambda _: next(users))
+    monkeypatch.setattr(local_ranks, "_peer_of", lambda _: (os.getpid(), next(users)))
     server = OfferServer(group(0), "model")
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
@@ -221,3 +221,30 @@ def test_another_users_process_is_neither_served_nor_believed(monkeypatch: pytes
     with pytest.raises(RuntimeError, match="not trusted"):
         receive_offer(group(1), "model", timeout_s=20)
     server._socket.close()
+
+
+@pytest.mark.usefixtures("same_parent")
+@pytest.mark.parametrize("is_at_work", [False, True])
+def test_a_first_rank_that_hangs_is_an_error_and_one_that_works_is_waited_for(
+    is_at_work: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ranks, "STALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(local_ranks, "_MIN_WORK_S", 0.01)
+
+    def first(pipe: Connection) -> None:
+        local_ranks._num_offers.clear()
+        server = OfferServer(group(0), "model")
+        end_s = time.monotonic() + 1.5
+        while time.monotonic() < end_s:
+            if not is_at_work:
+                time.sleep(0.1)
+        server.answer(Offer(tier="disk")).join(20)
+
+    child, _ = in_child(first)
+    if is_at_work:
+        assert receive_offer(group(1), "model", timeout_s=20) == Offer(tier="disk")
+    else:
+        with pytest.raises(RuntimeError, match=rf"process {child.pid}\) has used a processor for less .* it hangs"):
+            receive_offer(group(1), "model", timeout_s=20)
+    child.join(20)
+    assert child.exitcode == 0

@@ -388,8 +388,8 @@ class AdapterOnMeta:
         if broken:
             raise ValueError(
                 f"merged with {self._files.name} the weights hold values that are not finite in "
-                f"{shown(', '.join(broken), 2000)}: the base or a factor in {CONFIG_NAME} holds such values, or the sum "
-                f"does not fit {self._dtype}: merge in another dtype, such as bfloat16"
+                f"{shown(', '.join(broken), 2000)}: the base or a factor in {CONFIG_NAME} holds such values, or the "
+                f"sum does not fit {self._dtype}: merge in another dtype, such as bfloat16"
             )
         return merged
 

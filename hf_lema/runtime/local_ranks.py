@@ -4,7 +4,8 @@ Responsibility: finding the group, and handing the first process's memory to the
 
 The first local rank says how the layers are kept, fills the memory, and sends its file descriptor through an abstract
 UNIX socket (unix(7), SCM_RIGHTS); there is no file, no /dev/shm and no process group. The memory goes when the last
-process that maps it goes. A rank that waits is connected: it learns at once when the first one has died.
+process that maps it goes. A rank that waits is connected: it learns at once when the first one has died, and looks
+every few minutes whether it still works.
 
 Such a socket has no permissions, so both sides ask the kernel who the other one is: another user gets nothing.
 """
@@ -23,9 +24,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 CONNECT_TIMEOUT_S = 600.0
 """Longest wait for the first rank to begin with the same model; importing and building may take it minutes."""
+
+STALL_TIMEOUT_S = 600.0
+"""After so long a wait, a first rank that has hardly used a processor meanwhile is taken to hang."""
+
+_MIN_WORK_S = 1.0
+"""Processor time that loading takes in that time at the very least; what sleeping threads take is far less."""
 
 EXIT_WAIT_S = 30.0
 """Longest wait of a first rank that ends for those that have not come yet."""
@@ -141,7 +149,7 @@ class OfferServer:
             while num_left:
                 connection, _ = self._socket.accept()
                 with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    if _user_of(connection) != os.getuid():
+                    if _peer_of(connection)[1] != os.getuid():
                         continue
                     num_left -= 1  # also one that has died meanwhile
                     socket.send_fds(connection, [message], [] if descriptor is None else [descriptor])
@@ -153,21 +161,19 @@ def receive_offer(group: LocalGroup, identity: str, timeout_s: float = CONNECT_T
     Args:
         group: The group; this process is not its rank 0.
         identity: Of what is asked for.
-        timeout_s: Longest wait for the first rank to begin; once it has, the wait lasts as long as it lives.
+        timeout_s: Longest wait for the first rank to begin; once it has, the wait lasts as long as it lives and works.
 
     Raises:
-        RuntimeError: The first rank did not come in time, died, or failed (its error is in the message); or the one
-            that answers is another user's.
+        RuntimeError: The first rank did not come in time, died, hangs, or failed (its error is in the message); or the
+            one that answers is another user's.
     """
     address = group.address(identity)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         _connect(connection, address, timeout_s, group)
-        if (user := _user_of(connection)) != os.getuid():
+        pid, user = _peer_of(connection)
+        if user != os.getuid():
             raise RuntimeError(f"the socket of local rank 0 belongs to user {user}, not to {os.getuid()}: not trusted")
-        try:
-            message, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)
-        except ConnectionResetError:
-            message, descriptors = b"", []
+        message, descriptors = _receive(connection, pid)
     if not message:
         raise RuntimeError("local rank 0 ended before it had loaded the model; its own error says why")
     said = json.loads(message)
@@ -176,10 +182,40 @@ def receive_offer(group: LocalGroup, identity: str, timeout_s: float = CONNECT_T
     return Offer(tier=said["tier"], descriptor=descriptors[0] if descriptors else None)
 
 
-def _user_of(connection: socket.socket) -> int:
-    """Whose process is at the other end (SO_PEERCRED of unix(7): process, user, group)."""
+def _receive(connection: socket.socket, pid: int) -> tuple[bytes, list[int]]:
+    """Waits for the offer as long as the first rank lives and works; empty where it has died."""
+    connection.settimeout(STALL_TIMEOUT_S)
+    worked_s = _processor_s(pid)
+    while True:
+        try:  # noqa: PERF203 - once in minutes
+            message, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)
+            return message, descriptors
+        except ConnectionResetError:
+            return b"", []
+        except TimeoutError as error:
+            before_s, worked_s = worked_s, _processor_s(pid)
+            if worked_s - before_s < _MIN_WORK_S:
+                raise RuntimeError(
+                    f"local rank 0 (process {pid}) has used a processor for less than {_MIN_WORK_S:g} s in "
+                    f"{STALL_TIMEOUT_S:.0f} s while this rank waited for it to load the model: it hangs, perhaps in a "
+                    "read from a disk that does not answer"
+                ) from error
+
+
+def _processor_s(pid: int) -> float:
+    """Processor time of a process (utime and stime of proc(5)); the clock, which goes on, where it cannot be seen."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return time.monotonic()
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def _peer_of(connection: socket.socket) -> tuple[int, int]:
+    """(process, user) at the other end, by SO_PEERCRED of unix(7)."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
+    pid, user, _ = struct.unpack("3i", credentials)
+    return pid, user
 
 
 def _connect(connection: socket.socket, address: bytes, timeout_s: float, group: LocalGroup) -> None:
