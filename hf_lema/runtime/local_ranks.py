@@ -187,10 +187,10 @@ def _receive(connection: socket.socket, pid: int) -> tuple[bytes, list[int]]:
     connection.settimeout(STALL_TIMEOUT_S)
     worked_s = _processor_s(pid)
     while True:
-        try:  # noqa: PERF203 - once in minutes
+        try:
             message, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)
             return message, descriptors
-        except ConnectionResetError:
+        except ConnectionResetError:  # noqa: PERF203 - comes by once in minutes
             return b"", []
         except TimeoutError as error:
             before_s, worked_s = worked_s, _processor_s(pid)
