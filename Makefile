@@ -5,6 +5,7 @@
 #   make test ARGS="tests/test_units.py"    options for pytest
 #   make test VENV=/path/to/venv PYTHON=python3.12
 #   make test-integration VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+#   make test-prerelease    fails nothing: its last line is the result
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,16 +15,18 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+PIP_FLAGS ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest
 METADATA := setup.cfg pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help venv install duel test test-integration test-gpu quality notebooks clean
+.PHONY: help venv install duel test test-integration test-prerelease test-gpu quality notebooks clean
 
 help:
 	@echo "make duel              set up, then train the same adapter with stock PEFT, QLoRA and hf_lema, and compare"
 	@echo "make test              set up, then the tests that need no GPU and no patience"
 	@echo "make test-integration  set up, then only the tests that go through transformers, peft, accelerate and trl"
+	@echo "make test-prerelease   the same with the newest of these that the registry has, pre-releases too; fails nothing"
 	@echo "make test-gpu          set up, then the tests that need a CUDA device"
 	@echo "make quality           set up, then ruff (rules and format) and mypy"
 	@echo "make notebooks         set up, then run every notebook from top to bottom, small, on the CPU"
@@ -42,6 +45,17 @@ test: $(STAMPS)/test
 test-integration: $(STAMPS)/test
 	$(PYTEST) -n $(TEST_JOBS) --dist worksteal -m "integration and not gpu and not slow" $(ARGS)
 
+# What moves fast is taken from the registry as it is now; everything else stays as it is tested. The constraints are
+# written anew, so that a second run upgrades.
+MOVING := accelerate|huggingface_hub|peft|tokenizers|transformers|trl
+test-prerelease: VENV := .venv-prerelease
+test-prerelease:
+	@grep -vE '^($(MOVING))==' constraints.txt > $(VENV).txt
+	@$(MAKE) --no-print-directory test-integration VENV=$(VENV) CONSTRAINTS=$(VENV).txt PIP_FLAGS="--pre --upgrade" \
+		ARGS='$(ARGS)' && result=passed || result=FAILED; \
+	$(VENV)/bin/python -m pip --disable-pip-version-check freeze | grep -E '^($(MOVING))=='; \
+	echo "test-prerelease: $$result with these versions (which fails nothing else)"
+
 test-gpu: $(STAMPS)/test
 	$(PYTEST) -m gpu $(ARGS)
 
@@ -54,7 +68,7 @@ notebooks: $(STAMPS)/test
 	$(BIN)/python recipes/run_notebooks.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf .venv .venv-prerelease .venv-prerelease.txt build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find hf_lema recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's python3 without python3-venv), pip is put in from outside.

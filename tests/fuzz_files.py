@@ -45,6 +45,7 @@ from hf_lema.files.pack import PackWriter, layouts_to_json, make_layout, open_pa
 from hf_lema.files.safetensors_header import SafetensorsHeader
 from hf_lema.model.adapter import AdapterOnMeta, find_adapter
 from hf_lema.model.packing import given_pack
+from hf_lema.model.row_merge import RowMerger
 from hf_lema.runtime.packed_checkpoint import split_packed
 
 ALLOWED = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError)
@@ -529,12 +530,13 @@ class AdapterTarget:
             warnings.simplefilter("ignore")  # PEFT's, about entries that it does not know
             found = find_adapter(folder)
             adapter = AdapterOnMeta(copy.deepcopy(self.meta), found)
-            for paths in adapter.units():
-                base = {name: self.base[name].clone() for name in adapter.base_names(paths)}
-                for name, tensor in adapter.merge(paths, base).items():
-                    assert tensor.shape == self.base[name].shape, name
-                    assert torch.isfinite(tensor).all(), name
-                    assert expected is None or torch.equal(tensor, expected[name]), name
+            with RowMerger(1) as rows:
+                for paths in adapter.units():
+                    base = {name: self.base[name].clone() for name in adapter.base_names(paths)}
+                    for name, tensor in adapter.merge(paths, base, rows).items():
+                        assert tensor.shape == self.base[name].shape, name
+                        assert torch.isfinite(tensor).all(), name
+                        assert expected is None or torch.equal(tensor, expected[name]), name
 
 
 @st.composite

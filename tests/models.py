@@ -32,6 +32,7 @@ ORDERS = (WRAP_THEN_PEFT, PEFT_THEN_WRAP)
 CHECKPOINTED = (STOCK, WRAP_THEN_PEFT)
 """Gradient checkpointing is asked for in these runs. A streamed model absorbs it: one order has it, the other not."""
 TRANSFORMERS_5 = version.parse(transformers.__version__) >= version.parse("5")
+CACHE = "cache" if version.parse(transformers.__version__) >= version.parse("5.24") else "past_key_values"
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

@@ -2,7 +2,7 @@
 
 A library may warn with a stack level that names itself, or write to its log: pytest's filters by module see neither. So
 whoever called the library decides: the first frame of another package below the one that warns. What transformers makes
-peft call is no fault of ours.
+peft call is no fault of ours, nor is an argument by an old name that a ``forward`` of ours was given and hands on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def is_own_call(frame: FrameType | None) -> bool:
         package = package_of(frame.f_code.co_filename)
         if library is None:
             library = package
-        if package not in (None, library):
+        is_handed_on = package in OURS and frame.f_code.co_name == "forward"
+        if package not in (None, library) and not is_handed_on:
             return package in OURS
         frame = frame.f_back
     return False

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from models import (
+    CACHE,
     NUM_LAYERS,
     ORDERS,
     PEFT_THEN_WRAP,
@@ -349,7 +350,7 @@ def test_keys_and_values_shared_through_an_argument_are_refused_and_not_silently
 
 def test_a_prefix_in_the_cache_with_gradients_is_refused_by_name() -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with closing(prepare(PEFT_THEN_WRAP, build(), config)) as model, pytest.raises(ValueError, match="past_key_values"):
+    with closing(prepare(PEFT_THEN_WRAP, build(), config)) as model, pytest.raises(ValueError, match=CACHE):
         model(**batch())
 
 
@@ -357,9 +358,9 @@ def test_a_filled_cache_with_gradients_is_refused_and_left_alone() -> None:
     with closing(prepare(WRAP_THEN_PEFT)) as model:
         tokens = batch(1)["input_ids"]
         with torch.no_grad():
-            cache = model(tokens[:, :4], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"past_key_values already holds tokens.*no_grad"):
-            model(tokens[:, 4:], past_key_values=cache)
+            cache = model(tokens[:, :4], use_cache=True)[CACHE]
+        with pytest.raises(ValueError, match=f"{CACHE} already holds tokens.*no_grad"):
+            model(tokens[:, 4:], **{CACHE: cache})
         assert cache.get_seq_length() == 4
 
 

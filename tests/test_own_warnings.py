@@ -48,6 +48,18 @@ def test_what_a_library_or_a_test_calls_is_only_a_warning(way: str) -> None:
         function(LIBRARY, way)()
 
 
+def test_a_forward_of_ours_hands_on_what_it_was_given() -> None:
+    forward = function(
+        ROOT / "hf_lema" / "x.py", "def forward(): g()\ndef f(): forward()", g=function(LIBRARY, WAYS[0])
+    )
+    with pytest.raises(FutureWarning):
+        forward()
+    with pytest.warns(FutureWarning):
+        caller(
+            OTHER, function(ROOT / "hf_lema" / "x.py", "def forward(): g()\nf = forward", g=function(LIBRARY, WAYS[0]))
+        )()
+
+
 def test_other_warnings_and_logs_of_our_calls_pass() -> None:
     source = "import warnings\ndef f(): warnings.warn('look out')"
     with pytest.warns(UserWarning, match="look out") as caught:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from models import (
     ARCHITECTURES,
+    CACHE,
     CHECKPOINTED,
     NUM_LAYERS,
     ORDERS,
@@ -403,8 +404,8 @@ def test_cache_filled_by_hand_gives_equal_logits() -> None:
     for model in (build().eval(), wrapped(build().eval())):
         with closing(model), torch.no_grad():
             first = model(rows[:, :5], use_cache=True)
-            second = model(rows[:, 5:], past_key_values=first.past_key_values, use_cache=True)
-            outputs.append((first.logits, second.logits, second.past_key_values.get_seq_length()))
+            second = model(rows[:, 5:], use_cache=True, **{CACHE: first[CACHE]})
+            outputs.append((first.logits, second.logits, second[CACHE].get_seq_length()))
     assert torch.equal(outputs[1][0], outputs[0][0])
     assert torch.equal(outputs[1][1], outputs[0][1])
     assert outputs[1][2] == outputs[0][2] == 16
@@ -611,7 +612,7 @@ def test_use_cache_is_dropped_while_gradients_are_on() -> None:
 def test_a_cache_object_given_while_gradients_are_on_stays_empty() -> None:
     cache = transformers.DynamicCache()
     with closing(prepare(WRAP_THEN_PEFT)) as model:
-        loss = model(**batch(), past_key_values=cache, use_cache=True).loss
+        loss = model(**batch(), use_cache=True, **{CACHE: cache}).loss
         loss.backward()
         assert cache.get_seq_length() == 0
 
