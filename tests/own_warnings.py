@@ -24,11 +24,11 @@ _LIBRARIES = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
 def package_of(file: str) -> str | None:
     """Whose a source file is: a package's name, ``hf_lema``, ``recipes``, ``tests``, or None for Python's own."""
     path = Path(file)
-    if path.is_relative_to(ROOT):
-        return path.relative_to(ROOT).parts[0]
-    for part, name in zip(path.parts, path.parts[1:], strict=False):
+    for part, name in zip(path.parts, path.parts[1:], strict=False):  # first: .venv may lie in the root
         if part in ("site-packages", "dist-packages"):
             return name.removesuffix(".py")
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).parts[0]
     return next((path.relative_to(folder).parts[0] for folder in _LIBRARIES if path.is_relative_to(folder)), None)
 
 

@@ -81,4 +81,5 @@ def test_files_are_told_by_their_package() -> None:
     assert package_of(str(LIBRARY)) == "library"
     assert package_of(str(ROOT / "hf_lema" / "files" / "pack.py")) == "hf_lema"
     assert package_of(__file__) == "tests"
+    assert package_of(str(ROOT / ".venv" / "lib" / "python3.11" / "site-packages" / "library" / "x.py")) == "library"
     assert package_of(logging.__file__) is None
