@@ -81,7 +81,16 @@ FIGURES = (
 def record_files(folder: Path = RESULTS) -> list[Path]:
     """The records of duels and benches, by name."""
     duels = [path for path in sorted(folder.glob("*.json")) if _is_duel(path)]
-    return duels + sorted(folder.glob("*.jsonl"))
+    return duels + [path for path in sorted(folder.glob("*.jsonl")) if any(map(_is_step, _lines_of(path)))]
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _is_step(line: str) -> bool:
+    """Whether a line is one of bench_step.py, and not of another recipe or of a run that failed."""
+    return {"options", "step_s"} <= json.loads(line).keys()
 
 
 def _is_duel(path: Path) -> bool:
@@ -104,7 +113,7 @@ def _duels_of(path: Path) -> Sequence[DuelRecord]:
     if path.suffix != ".jsonl":
         return read_duels([path])
     duels = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(filter(_is_step, _lines_of(path))):
         (duel,) = _one_line(line, path, number)
         duels.append(duel)
     return _with_baseline(duels)

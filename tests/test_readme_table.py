@@ -59,6 +59,18 @@ def test_a_changed_figure_in_readme_is_found_and_written_over(
     assert copy.read_text(encoding="utf-8") == text
 
 
+def test_lines_of_other_recipes_and_of_runs_that_failed_are_passed_over(tmp_path: Path) -> None:
+    (bench,) = [path for path in readme_table.record_files() if path.name == "h100-7b-fp16-c.jsonl"]
+    text = bench.read_text(encoding="utf-8")
+    failed = json.dumps({"name": "min", "error": "stopped after 120 s"})
+    (tmp_path / bench.name).write_text(f"{failed}\n{text}", encoding="utf-8")
+    (tmp_path / "fuzz.jsonl").write_text(json.dumps({"num_cases": 1}), encoding="utf-8")
+
+    found = readme_table.record_files(tmp_path)
+    assert [path.name for path in found] == [bench.name]
+    assert readme_table.tables(found) == readme_table.tables([bench])
+
+
 def test_every_record_of_a_duel_or_a_bench_is_in_a_table() -> None:
     text = readme_table.README.read_text(encoding="utf-8")
     assert [path.name for path in readme_table.record_files() if path.name not in text] == []
