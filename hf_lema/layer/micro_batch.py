@@ -65,7 +65,6 @@ class MicroBatches:
     Args:
         micro_batch_size: Sequences in a piece; 0 to cut nothing.
         is_verified: Whether every layer class is known to agree; it is then not checked.
-
         forward_micro_batch_size: Sequences in a forward, which keeps no graph and so has room for more than a backward;
             at least a piece.
 
