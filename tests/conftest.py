@@ -69,6 +69,19 @@ def no_leaked_threads() -> Iterator[None]:
         pytest.fail(f"threads left running: {names}; close the streamer, or wait for the thread, before the test ends")
 
 
+@pytest.fixture(autouse=True)
+def no_leaked_launcher_settings() -> Iterator[None]:
+    """Puts back what ``TrainingArguments`` and ``Accelerator`` write into the environment for the processes they start.
+
+    Without it, ``TrainingArguments(torch_compile=True)`` of one test compiles the models of the next ones.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def children_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts import this checkout, and take one core each."""
