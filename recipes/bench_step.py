@@ -187,7 +187,9 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     )
     # No paths: a record is read on other machines.
     options = {name: value for name, value in vars(args).items() if name not in ("checkpoint_dir", "output", "commit")}
+    start_s = time.perf_counter()
     record = {"options": options} | machine_rates(args, device, folder)
+    record["rates_s"] = time.perf_counter() - start_s
     skeleton = meta_model(shape_config(args.shape, args.num_layers), DTYPES[args.dtype])
     settle_memory()
     baseline = read_process_memory()
@@ -199,7 +201,9 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     record["load_s"] = time.perf_counter() - start_s
     record["ram_loading_private_above_baseline_peak_bytes"] = _above(loading.ram_private_bytes, baseline)
     settle_memory()
+    start_s = time.perf_counter()
     record |= train(args, model, folder, scratch, baseline)
+    record["train_s"] = time.perf_counter() - start_s
     if args.contender in LEMA:
         get_streamer(model).close()
     if "pinned_copy_bytes_per_s" in record and "bus_bytes_per_s" in record:

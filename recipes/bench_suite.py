@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             records[run.name] = {"error": "not run: no time left"}
             continue
         begin_s = time.monotonic()
-        records[run.name] = measure(run, extra)
+        records[run.name] = measure(run, extra) | {"process_s": time.monotonic() - begin_s}
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(records[run.name]) + "\n")
         print(f"{run.name}: {time.monotonic() - begin_s:.0f} s", flush=True)

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
-from hf_lema.runtime.host_store import WINDOW_BYTES
+from hf_lema.runtime import host_store
 from hf_lema.runtime.schedule import Direction
 from hf_lema.runtime.streamer import LayerStreamer
 from hf_lema.wrapper import _runtime_of
@@ -222,6 +222,12 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a layer is many windows of the ring, and the ring less than a layer."""
+    monkeypatch.setattr(host_store, "WINDOW_BYTES", 4096)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
@@ -231,8 +237,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def streamed(folder: Path, way: Way, device: str) -> nn.Module:
     layer_bytes = sum(p.numel() * p.element_size() for p in build().model.layers[0].parameters())
-    ring_bytes = 2 * WINDOW_BYTES if device == "cuda" else 0
-    budgets = {"ram": "auto", "disk": "min", "mixed": ring_bytes + 5 * layer_bytes // 2}
+    budgets = {"ram": "auto", "disk": "min", "mixed": 5 * layer_bytes // 2}
     config = LemaConfig(vram_budget="min", ram_budget=budgets[way.tier], num_slots=way.num_slots, choices=way.choices)
     model = LemaModelWrapper.from_pretrained(str(folder), config, device=device, attn_implementation="eager")
     assert get_streamer(model).host_store.tier == way.tier
