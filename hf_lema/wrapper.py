@@ -47,7 +47,7 @@ from hf_lema.model.other_ways import (
     refuse_data_parallel,
     refuse_other_ways,
 )
-from hf_lema.model.outside import MIN_PIECE_BYTES, OutsideWeights
+from hf_lema.model.outside import PIECE_BYTES, OutsideWeights
 from hf_lema.model.packing import given_pack
 from hf_lema.model.placement import (
     fill_from_model,
@@ -342,7 +342,7 @@ class _Runtime:
         self.check = SelfCheck() if config.self_check else None
         for state in layers:
             state.check = self.check
-        self.outside = OutsideWeights(lm, streamer.device, piece_bytes=max(streamer.layer_bytes, MIN_PIECE_BYTES))
+        self.outside = OutsideWeights(lm, streamer.device, piece_bytes=PIECE_BYTES)
         self.loss = ChunkedLoss(lm, self.plain_class.forward, self.outside)
         streamer.own(options.boundaries)
         streamer.own(self.outside)

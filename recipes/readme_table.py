@@ -78,6 +78,9 @@ FIGURES = (
 )
 
 
+OFF_THE_CARD = {"boundaries_in_ram": "boundaries", "outside_in_ram": "embedding and head"}
+
+
 def record_files(folder: Path = RESULTS) -> list[Path]:
     """The records of duels and benches, by name."""
     duels = [path for path in sorted(folder.glob("*.json")) if _is_duel(path)]
@@ -131,7 +134,18 @@ def _set_up(options: dict[str, Any]) -> str:
         return str(options["contender"])
     places = {"ram": "in RAM", "disk": "from disk", "mixed": "in RAM and on disk"}
     place = "from cold files" if options.get("cold") else places[options["tier"]]
-    return f"{options['contender']} at {options['vram_budget']}, layers {place}"
+    how = f"at {options['vram_budget']}" if options.get("choices") is None else _chosen(json.loads(options["choices"]))
+    return f"{options['contender']} {how}, layers {place}"
+
+
+def _chosen(choices: dict[str, Any]) -> str:
+    """The way to run that was asked for instead of a budget."""
+    size, at_once = choices.get("micro_batch_size", 0), choices.get("forward_micro_batch_size", 0)
+    parts = [f"in micro-batches of {size}" if size else "on whole batches"]
+    parts += [f"forward of {at_once}"] if at_once else []
+    parts += [f"tiles of {choices['tile_tokens']}"] if choices.get("tile_tokens") else []
+    off = [word for name, word in OFF_THE_CARD.items() if choices.get(name)]
+    return ", ".join([*parts, f"{' and '.join(off)} off the card" if off else "only layers off the card"])
 
 
 def _with_baseline(duels: Sequence[DuelRecord]) -> list[DuelRecord]:

@@ -33,7 +33,7 @@ from hf_lema.planning.plan_table import (
     format_plans,
     plan_as_dict,
 )
-from hf_lema.planning.planner import best_plan, plan_memory, plan_stock, stock_plan
+from hf_lema.planning.planner import TILE_TOKENS, best_plan, plan_memory, plan_stock, stock_plan
 from hf_lema.planning.rehearsal import Rehearsal
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.host_store import RamStore
@@ -84,16 +84,21 @@ def check_plans() -> Any:
 def test_plans_agree_with_every_record_of_the_h100() -> None:
     found = list(check_plans().comparisons())
 
-    assert len(found) >= 17
-    assert len({c.record["vram_allocated_peak_bytes"] for c in found}) >= 7, "records that differ"
-    assert [c.name for c in found if abs(c.vram_error) > MAX_VRAM_ERROR] == []
+    assert len(found) >= 27
+    assert len({c.record["vram_allocated_peak_bytes"] for c in found}) >= 12, "records that differ"
+    cut_with_casts = [c for c in found if c.is_of_a_slow_host and c.plan.micro_batch_size == 4]
+    assert [c.name for c in cut_with_casts if not -0.05 < c.vram_error < 0] == [], "casts that are left out since"
+    others = [c for c in found if c not in cut_with_casts]
+    assert [c.name for c in others if abs(c.vram_error) > MAX_VRAM_ERROR] == []
+    assert len(cut_with_casts) == 2
     timed = [c for c in found if not c.is_rate_its_own]
-    assert len(timed) >= 14
-    assert [c.name for c in timed if abs(c.time_error) > MAX_TIME_ERROR and not c.is_of_more_kernels] == []
-    older = [c for c in timed if c.is_of_more_kernels]
-    assert [c.name for c in older if not -0.25 < c.time_error < 0] == []
-    assert len(older) == 1
+    assert len(timed) >= 22
+    assert [c.name for c in timed if abs(c.time_error) > MAX_TIME_ERROR and not c.is_of_a_slow_host] == []
+    slow = [c for c in timed if c.is_of_a_slow_host]
+    assert [c.name for c in slow if not -0.35 < c.time_error < 0] == []
+    assert len(slow) == 5
     streamed = [c for c in found if c.record["options"]["contender"] == "lema"]
+    streamed = [c for c in streamed if (c.plan.boundaries, c.plan.embedding_and_head) == ("vram", "vram")]
     assert [c.name for c in streamed if c.plan.h2d_bytes != c.record["h2d_predicted_bytes"]] == []
 
 
@@ -305,13 +310,37 @@ def test_dropout_and_attention_keep_what_they_keep_on_cuda() -> None:
 
 
 def test_attention_without_flash_is_the_memory_efficient_kernel() -> None:
-    flash = StepCost(SMALL, 1, 64, ADAPTER, DATA_SHEETS["A100"], PLENTY).streamed_visits(1)
-    efficient = StepCost(SMALL, 1, 64, ADAPTER, DATA_SHEETS["P100"], PLENTY).streamed_visits(1)
-    eager = LlamaConfig(**{**SMALL.to_dict(), "attn_implementation": "eager"})
-    whole_matrix = StepCost(eager, 1, 64, ADAPTER, DATA_SHEETS["P100"], PLENTY).streamed_visits(1)
+    # As many keys as queries: the memory-efficient kernel does not take fewer, and transformers leaves them few.
+    fields = SMALL.to_dict() | {"num_key_value_heads": SMALL.num_attention_heads}
+    fused, eager = LlamaConfig(**fields), LlamaConfig(**fields, attn_implementation="eager")
+    flash = StepCost(fused, 1, 2048, ADAPTER, DATA_SHEETS["A100"], PLENTY).streamed_visits(1)
+    efficient = StepCost(fused, 1, 2048, ADAPTER, DATA_SHEETS["P100"], PLENTY).streamed_visits(1)
+    whole_matrix = StepCost(eager, 1, 2048, ADAPTER, DATA_SHEETS["P100"], PLENTY).streamed_visits(1)
 
     peaks = [visits.backward_peak_bytes[0] for visits in (flash, efficient, whole_matrix)]
-    assert peaks[0] <= peaks[1] < peaks[2]
+    assert peaks[0] <= peaks[1] < peaks[2] - 2048 * 2048 * 2, "no mask of all tokens by all tokens"
+
+
+def test_a_long_sequence_is_planned_in_tiles_with_lora_dropout() -> None:
+    options = dataclasses.replace(PLENTY, micro_batch_size=1)
+    whole = StepCost(SMALL, 1, 4 * TILE_TOKENS, ADAPTER, DATA_SHEETS["A100"], options)
+    assert ADAPTER.lora_dropout > 0, "whose masks are drawn again with each tile"
+    in_tiles = whole.streamed_visits(1, TILE_TOKENS).backward_peak_bytes[0]
+
+    assert in_tiles < 0.7 * whole.streamed_visits(1).backward_peak_bytes[0]
+    assert best_plan(whole, LemaConfig(vram_budget="min"), options).tile_tokens == TILE_TOKENS
+
+
+def test_casts_that_visits_leave_out_are_left_out_of_plans() -> None:
+    def backward_bytes(dropout: float, micro_batch_size: int) -> int:
+        adapter = LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        cost = StepCost(SMALL, 4, 64, adapter, DATA_SHEETS["A100"], dataclasses.replace(PLENTY, dtype=torch.float16))
+        return cost.streamed_visits(micro_batch_size).backward_peak_bytes[0]
+
+    # In float32: what enters the projections of the attention, its output, and what enters the feed-forward part.
+    cast_bytes = 4 * 64 * 4 * (2 * SMALL.hidden_size + SMALL.intermediate_size)
+    assert backward_bytes(0.1, 4) - backward_bytes(0.0, 4) > cast_bytes, "dropout draws in float32, as it does in stock"
+    assert backward_bytes(0.1, 2) < 0.6 * backward_bytes(0.1, 4)
 
 
 # ---- budgets ----

@@ -164,8 +164,9 @@ class Visit:
                 self.layer.layer, hidden, self._named, lambda part, named: self.layer.call_plain(part, **named)
             )
         dropouts = active_dropouts(self.layer.parts.dropouts)
-        # A dropout's mask depends on the dtype in which it is drawn: stock's, unless the batch is cut anyway.
-        self._are_inputs_cast = bool(dropouts) and not self.is_cut
+        # A dropout's mask depends on the dtype in which it is drawn: stock's, unless masks are drawn for parts anyway.
+        is_tiled = 0 < self._tile_tokens < hidden.shape[:-1].numel()
+        self._are_inputs_cast = bool(dropouts) and not self.is_cut and not is_tiled
         with self._casts_entered(trainables):
             if not self.is_cut:
                 return self.run(hidden, trainables)

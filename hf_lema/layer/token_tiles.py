@@ -2,10 +2,11 @@
 
 Responsibility: finding that part by structure, and running it in tiles. Knows nothing of weights or layers' visits.
 
-In a decoder layer most activations belong to the feed-forward part, which treats every token alone. It is found, not
-named: a child of the layer that holds several matrices, is called with one tensor [batch, tokens, hidden] and gives one
-back, and gives the same for a part of the tokens as for all. In the recompute each tile is checkpointed: its forward
-runs once more in exchange for the memory.
+In a decoder layer most activations belong to the feed-forward part, which treats every token alone, and of the rest
+many to the norms, which compute in float32. They are found, not named: a child of the layer that holds several
+matrices, or none, is called with one tensor [batch, tokens, hidden] and gives one back, and gives the same for a part
+of the tokens as for all. In the recompute each tile is checkpointed: its forward runs once more in exchange for the
+memory.
 """
 
 from __future__ import annotations
@@ -54,11 +55,8 @@ class TokenTiles:
         if not tile_tokens or hidden.shape[:-1].numel() <= tile_tokens:
             yield
             return
-        parts = {
-            name: child
-            for name, child in layer.named_children()
-            if sum(parameter.dim() > 1 for parameter in child.parameters()) > 1
-        }
+        # A projection of its own, one matrix, keeps no more than its input.
+        parts = {name: child for name, child in layer.named_children() if _num_matrices(child) != 1}
         with self.around(type(layer), parts, tile_tokens):
             yield
         kinds = [is_wise for (kind, _), is_wise in self._token_wise.items() if kind is type(layer)]
@@ -110,6 +108,10 @@ class TokenTiles:
             return torch.cat([checkpoint(plain, tile, use_reentrant=False) for tile in tiles], dim=1)
 
         return forward
+
+
+def _num_matrices(module: nn.Module) -> int:
+    return sum(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _is_token_wise(child: nn.Module, plain: Callable[..., Any], hidden: torch.Tensor) -> bool:

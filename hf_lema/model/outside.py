@@ -26,8 +26,8 @@ from hf_lema.runtime.events import CopyStream, make_event
 from hf_lema.runtime.host_memory import PAGE_LOCK_ADVICE, HostBuffer, device_view, tensor_over
 from hf_lema.units import format_bytes
 
-MIN_PIECE_BYTES = 64 * 2**20
-"""Smallest piece in which a head in host memory comes to the device, however small the layers are."""
+PIECE_BYTES = 64 * 2**20
+"""A piece in which a head in host memory comes to the device; two are there, one computed with and one on its way."""
 
 
 class OutsideWeights:

@@ -28,7 +28,7 @@ class DeviceRates:
 
     Attributes:
         name: Of the card.
-        origin: Where the figures come from: ``"measured"`` or ``"data sheet"``.
+        origin: ``"measured"``, or ``"data sheet"`` for the maker's figures less what is not reached of them.
         capability: Compute capability, which decides on attention kernels and workspaces.
         vram_bytes: Size of the card.
         h2d_bytes_per_s: Host to device, page-locked.
@@ -67,10 +67,15 @@ class DeviceRates:
         """
         return 2 * (32 * MIB if self.capability >= (9, 0) else 8 * MIB + 128 * 1024)
 
-    def compute_s(self, work: Iterable[Kernels]) -> float:
+    def compute_s(self, work: Iterable[Kernels], repeats: float = 1.0, start_repeats: float | None = None) -> float:
         """Least time of some work: the kernels' own time, or the host's to start them, whichever is more.
 
         A kernel takes the longer of its arithmetic and its memory traffic (the roofline model).
+
+        Args:
+            work: The kernels.
+            repeats: How often as much is computed.
+            start_repeats: How often as many kernels are started, where that differs: by a last piece that is smaller.
         """
         kernels_s = starts_s = 0.0
         for kernel in work:
@@ -78,7 +83,7 @@ class DeviceRates:
             traffic_s = kernel.num_bytes / self.vram_read_write_bytes_per_s
             kernels_s += kernel.count * max(kernel.num_flops / flop_per_s, traffic_s)
             starts_s += kernel.count * self.kernel_start_s
-        return max(kernels_s, starts_s)
+        return max(repeats * kernels_s, (repeats if start_repeats is None else start_repeats) * starts_s)
 
 
 def _data_sheet(
@@ -95,13 +100,21 @@ def _data_sheet(
         origin="data sheet",
         capability=capability,
         vram_bytes=int(vram_gib * GIB),
-        h2d_bytes_per_s=pcie_bytes_per_s,
-        duplex_bytes_per_s=pcie_bytes_per_s,
-        vram_read_write_bytes_per_s=vram_rate,
-        half_flop_per_s=half,
-        float_flop_per_s=single,
+        h2d_bytes_per_s=REACHED_OF_BUS * pcie_bytes_per_s,
+        duplex_bytes_per_s=REACHED_OF_BUS_BOTH_WAYS * pcie_bytes_per_s,
+        vram_read_write_bytes_per_s=REACHED_OF_VRAM * vram_rate,
+        half_flop_per_s=REACHED_OF_MATMUL * half,
+        float_flop_per_s=REACHED_OF_MATMUL * single,
     )
 
+
+REACHED_OF_BUS = 0.87
+REACHED_OF_BUS_BOTH_WAYS = 0.56
+REACHED_OF_VRAM = 0.74
+REACHED_OF_MATMUL = 0.77
+"""What an H100 was measured to reach of its data sheet: 55 GB/s of page-locked copies, 35 GB/s each way at once,
+2.48 TB/s for kernels that read and write, 765 TFLOP/s (recipes/check_plans.py). Other cards are taken to reach as much
+of theirs."""
 
 _PCIE_3, _PCIE_4, _PCIE_5 = 15.75e9, 31.5e9, 63.0e9
 """Bytes a second of 16 lanes, one way, by the PCI Express specification."""
@@ -119,10 +132,10 @@ DATA_SHEETS: dict[str, DeviceRates] = {
         _data_sheet("H100", (9, 0), 80, _PCIE_5, 3350e9, 989e12, 67e12),
     )
 }
-"""By name. The makers' figures: dense matrix products with float32 sums, no machine reaches them; the time planned with
-them is a bound that real cards miss by a third and more. RTX 3060: half rate is twice the float32 one. P100: its double
-rate for fp16 is that of sums in fp16; PyTorch asks for sums in float32, which run at the float32 rate. Sizes are the
-nominal ones, but for the two cards of which it is known that CUDA sees less: P100 15.89 GiB, T4 14.74 GiB."""
+"""By name. The makers' figures (dense matrix products with float32 sums), less what no machine reaches of them, by the
+shares above. RTX 3060: half rate is twice the float32 one. P100: its double rate for fp16 is that of sums in fp16;
+PyTorch asks for sums in float32, which run at the float32 rate. Sizes are the nominal ones, but for the two cards of
+which it is known that CUDA sees less: P100 15.89 GiB, T4 14.74 GiB."""
 
 
 def find_rates(name: str) -> DeviceRates:

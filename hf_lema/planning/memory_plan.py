@@ -81,6 +81,11 @@ class StepTime:
         return self.forward_s + self.backward_s + self.ends_s + self.update_s + self.all_reduce_s
 
     @property
+    def computing_s(self) -> float:
+        """Seconds of a step for which all layers are there."""
+        return self.forward_compute_s + self.backward_compute_s + self.ends_s + self.update_s + self.all_reduce_s
+
+    @property
     def is_bound_by_compute(self) -> bool:
         """Whether neither the forward nor the backward waits for bytes."""
         return self.forward_moving_s <= self.forward_compute_s and self.backward_moving_s <= self.backward_compute_s

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hf_lema.config import LemaConfig
-from hf_lema.model.outside import MIN_PIECE_BYTES
+from hf_lema.model.outside import PIECE_BYTES
 from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DeviceRates, rates_here
 from hf_lema.planning.memory_plan import HostBytes, MemoryPlan, Place, StepTime
@@ -31,11 +31,17 @@ from hf_lema.runtime.residency import HEAD_ROOM_BYTES
 from hf_lema.runtime.schedule import choose_resident, transfers_per_step
 from hf_lema.units import format_bytes
 
-TILE_TOKENS = 4096
-"""Tokens of a tile, where one sequence is longer: large enough for matrix products at full rate."""
+MIN_TILE_TOKENS, TILE_TOKENS = 1024, 4096
+"""Tokens of a tile of one sequence, a half of it or as many as give matrix products their full rate."""
+
+PIECES = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 23, 32)
+"""Into how many micro-batches a batch may be cut, beside one sequence each."""
 
 MAX_PIECES_AT_ONCE = 8
 """Most micro-batches on which a planned forward computes at once; with more of them its memory is what counts."""
+
+MIN_FORWARD_GAIN = 1.03
+"""A forward in micro-batches that takes less than so many times the whole batch's gains nothing from larger pieces."""
 
 MAX_MIN_SLOWDOWN = 1.2
 """Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
@@ -203,43 +209,63 @@ class _Search:
         self._transfers = functools.cache(self._num_transfers)
 
     def best(self) -> MemoryPlan:
-        """The plan within the budgets; see `plan_memory`."""
-        bare = [plan for choice in self._choices() if self._fits_ram(plan := self._plan(choice, 0))]
+        """The plan within the budgets; see `plan_memory`.
+
+        Smaller micro-batches only start more kernels: once computing alone takes longer than a plan that would do,
+        those that are left are not looked at.
+        """
+        budget_bytes = self._vram_budget_bytes()
+        bare: list[MemoryPlan] = []
+        found: list[MemoryPlan] = []
+        for micro_batch_size in self._sizes():
+            plans = [self._plan(choice, 0) for choice in self._choices(micro_batch_size)]
+            bare += [plan for plan in plans if self._fits_ram(plan)]
+            if budget_bytes is None:
+                fastest_s = min((plan.time.step_s for plan in bare), default=float("inf"))
+                found = [plan for plan in bare if plan.time.step_s <= MAX_MIN_SLOWDOWN * fastest_s]
+                enough_s = MAX_MIN_SLOWDOWN * fastest_s
+            else:
+                fitting = [plan for plan in bare[-len(plans) :] if plan.vram_bytes <= budget_bytes]
+                found += [self._filled(plan, budget_bytes) for plan in fitting]
+                enough_s = min((plan.time.step_s for plan in found), default=float("inf"))
+            if min(plan.time.computing_s for plan in plans) > enough_s:
+                break
         if not bare:
             raise ValueError(self._ram_message())
-        budget_bytes = self._vram_budget_bytes()
+        if not found:
+            assert budget_bytes is not None
+            raise ValueError(self._vram_message(budget_bytes, min(bare, key=lambda plan: plan.vram_bytes)))
         if budget_bytes is None:
-            fastest_s = min(plan.time.step_s for plan in bare)
-            quick = [plan for plan in bare if plan.time.step_s <= MAX_MIN_SLOWDOWN * fastest_s]
-            return min(quick, key=lambda plan: (plan.vram_bytes, plan.time.step_s))
-        filled = [self._filled(plan, budget_bytes) for plan in bare if plan.vram_bytes <= budget_bytes]
-        if not filled:
-            least = min(bare, key=lambda plan: plan.vram_bytes)
-            raise ValueError(
-                f"{self._cost.name} with {least.batch_size} x {least.seq_len} tokens does not fit a VRAM budget of "
-                f"{format_bytes(budget_bytes)}: the least that works is {format_bytes(least.vram_bytes)} "
-                f"({least.vram_bytes} bytes), with micro-batches of {least.micro_batch_size}. Raise the budget, or use "
-                "shorter sequences"
-            )
+            return min(found, key=lambda plan: (plan.vram_bytes, plan.time.step_s))
         # Where computing hides the bus, several ways take the same time: the one that moves least is left alone.
-        return min(filled, key=lambda plan: (plan.time.step_s, plan.h2d_bytes, plan.vram_bytes))
+        return min(found, key=lambda plan: (plan.time.step_s, plan.h2d_bytes, plan.vram_bytes))
 
-    def _choices(self) -> Iterator[_Choice]:
-        """Every way to run: the batch halved again and again, the forward on one of the parts, two, or all."""
-        sizes = [self._cost.batch_size]
-        while sizes[-1] > 1:
-            sizes.append(-(-sizes[-1] // 2))
+    def _vram_message(self, budget_bytes: int, least: MemoryPlan) -> str:
+        return (
+            f"{self._cost.name} with {least.batch_size} x {least.seq_len} tokens does not fit a VRAM budget of "
+            f"{format_bytes(budget_bytes)}: the least that works is {format_bytes(least.vram_bytes)} "
+            f"({least.vram_bytes} bytes), with micro-batches of {least.micro_batch_size}. Raise the budget, or use "
+            "shorter sequences"
+        )
+
+    def _sizes(self) -> list[int]:
+        """Sequences that a micro-batch may have, from the whole batch down."""
+        whole = self._cost.batch_size
         if self._options.micro_batch_size:
-            sizes = [min(self._options.micro_batch_size, self._cost.batch_size)]
+            return [min(self._options.micro_batch_size, whole)]
+        return sorted({-(-whole // num_pieces) for num_pieces in (*PIECES, whole)}, reverse=True)
+
+    def _choices(self, micro_batch_size: int) -> Iterator[_Choice]:
+        """Every way to run with such micro-batches."""
         places: tuple[Place, ...] = ("vram", "ram")
         boundaries = places if self._options.boundaries is None else (self._options.boundaries,)
         ends = places if self._options.embedding_and_head is None else (self._options.embedding_and_head,)
-        cuts = [(size, at_once, 0) for size in sizes for at_once in self._forward_sizes(size)]
-        if sizes[-1] == 1 and self._cost.seq_len > TILE_TOKENS:
-            cuts.append((1, 1, TILE_TOKENS))
-        for (size, at_once, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
+        cuts = [(at_once, 0) for at_once in self._forward_sizes(micro_batch_size)]
+        if micro_batch_size == 1 and self._cost.seq_len >= 2 * MIN_TILE_TOKENS:
+            cuts.append((1, min(TILE_TOKENS, self._cost.seq_len // 2)))
+        for (at_once, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
             yield _Choice(
-                micro_batch_size=size,
+                micro_batch_size=micro_batch_size,
                 forward_micro_batch_size=at_once,
                 tile_tokens=tile_tokens,
                 boundaries=boundary,
@@ -247,11 +273,16 @@ class _Search:
             )
 
     def _forward_sizes(self, micro_batch_size: int) -> list[int]:
-        """What the forward may compute on at a time beside such a backward."""
+        """What the forward may compute on at a time beside such a backward: one of the parts, two, or many."""
         fixed, whole = self._options.forward_micro_batch_size, self._cost.batch_size
         if fixed is not None:
             return [min(max(fixed, micro_batch_size), whole)]
-        return sorted({min(n * micro_batch_size, whole) for n in (1, 2, MAX_PIECES_AT_ONCE)})
+        visits = self._cost.streamed_visits
+        in_parts_s = visits(micro_batch_size, 0, micro_batch_size).forward_s
+        is_faster = in_parts_s >= MIN_FORWARD_GAIN * visits(whole, 0, whole).forward_s
+        # Two at once keep no masks of dropout either: they are drawn again.
+        times = (1, 2, MAX_PIECES_AT_ONCE) if is_faster else (1, 2)
+        return sorted({min(n * micro_batch_size, whole) for n in times})
 
     def _filled(self, plan: MemoryPlan, budget_bytes: int) -> MemoryPlan:
         """The same way to run with as many resident layers as the budget holds."""
@@ -361,7 +392,7 @@ class _Search:
 
     def _ends(self, choice: _Choice) -> PartCost:
         in_ram = choice.embedding_and_head == "ram"
-        return self._cost.ends(True, max(self._layer_bytes, MIN_PIECE_BYTES) if in_ram else 0)
+        return self._cost.ends(True, PIECE_BYTES if in_ram else 0)
 
     def _host(self, visits: VisitCosts, choice: _Choice) -> HostBytes:
         tensors = self._cost.tensors

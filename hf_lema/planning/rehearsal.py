@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.layer_proxy import tensors_in
@@ -116,13 +116,15 @@ class Rehearsal:
             slots: list[tuple[dict[str, Any], str]] = [(registry, name) for registry, name, _ in own]
             tiles = TokenTiles(tile_tokens, is_verified=True)
             cut = MicroBatches(micro_batch_size, is_verified=True, forward_micro_batch_size=forward_micro_batch_size)
-            options = VisitOptions(cut, tiles, Boundaries(_CPU, len(self._layers)))
+            options = VisitOptions(cut, tiles, Boundaries(_CPU, len(self._layers)), LORA_INPUT_CASTS)
             visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size)
             outputs = Recompute.apply(visit, hidden, *(p for *_, p in own))  # type: ignore[no-untyped-call]
             return visit.rebuild(outputs)
 
         how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size)
-        return self._visit(layer_idx, batch_size, seq_len, how, call)
+        # A tile is computed again inside the backward, by a call of the part of the layer that it passes.
+        with self._behaving_inside(layer.children() if tile_tokens else ()):
+            return self._visit(layer_idx, batch_size, seq_len, how, call)
 
     def stock_visit(self, layer_idx: int, batch_size: int, seq_len: int, is_checkpointed: bool) -> PartCost:
         """A visit of a resident layer under stock PEFT, with or without gradient checkpointing."""
@@ -157,7 +159,8 @@ class Rehearsal:
         inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": num_items, "use_cache": False}
         meter = ByteMeter()
         lent = outside.rehearsed() if outside else nullcontext()
-        with self._stand_ins(lambda *_, **__: _with_first(output_form, leaf)), lent, self._running():
+        stand_ins = self._stand_ins(lambda *_, **__: _with_first(output_form, leaf))
+        with stand_ins, lent, _whole_rows(), self._running():
             with meter.measured() as forwards:
                 with self._autocast():
                     output = forward(**inputs) if forward else plain(self._lm, **inputs)
@@ -217,7 +220,7 @@ class Rehearsal:
                     outputs[type(layer)] = forward(layer, hidden, **arguments[-1])
                 return outputs[type(layer)]
 
-            with self._stand_ins(stand_in), self._running(), torch.no_grad(), self._autocast():
+            with self._stand_ins(stand_in), _whole_rows(), self._running(), torch.no_grad(), self._autocast():
                 ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
                 self._lm.base_model(input_ids=ids, use_cache=False)
             self._sweeps[batch_size, seq_len] = _Sweep(arguments, hiddens[0], outputs)
@@ -233,6 +236,18 @@ class Rehearsal:
         finally:
             for layer in self._layers:
                 del layer.__dict__["forward"]
+
+    @contextmanager
+    def _behaving_inside(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Has modules behave as on CUDA wherever they are called inside the block."""
+        changed = list(modules)
+        for module in changed:
+            module.__dict__["forward"] = behaving(module.forward, self._behaviour)
+        try:
+            yield
+        finally:
+            for module in changed:
+                del module.__dict__["forward"]
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -261,6 +276,21 @@ class Rehearsal:
     def _autocast(self) -> Iterator[None]:
         with torch.autocast("cpu", dtype=self._precision, enabled=self._precision is not None):
             yield
+
+
+@contextmanager
+def _whole_rows() -> Iterator[None]:
+    """Has transformers take each row for one sequence inside the block.
+
+    From the values of its positions it would see so in training, and then leave the causal mask to the attention
+    kernel; of a tensor without data it takes that several are packed into a row, and builds a mask of [tokens, tokens].
+    """
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 class _BareLayer:

@@ -207,8 +207,8 @@ class StepCost:
             self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, tile_tokens, forward_size)
             for i in range(self.num_layers)
         ]
-        repeats = [-(-self.batch_size // n) / -(-num_rehearsed // n) for n in (forward_size, micro_batch_size)]
-        return self._visits(costs, num_rehearsed, *repeats)
+        starts = [-(-self.batch_size // n) / -(-num_rehearsed // n) for n in (forward_size, micro_batch_size)]
+        return self._visits(costs, num_rehearsed, *starts)
 
     def stock_visits(self, is_checkpointed: bool) -> VisitCosts:
         """Visits of stock PEFT, the whole batch at once."""
@@ -219,20 +219,20 @@ class StepCost:
         return self._visits(costs, self.batch_size, 1.0, 1.0)
 
     def _visits(
-        self, costs: Sequence[PartCost], num_rehearsed: int, forward_repeats: float, backward_repeats: float
+        self, costs: Sequence[PartCost], num_rehearsed: int, forward_starts: float, backward_starts: float
     ) -> VisitCosts:
         output_bytes = [cost.output_bytes // num_rehearsed * self.batch_size for cost in costs]
         more_bytes = [whole - cost.output_bytes for whole, cost in zip(output_bytes, costs, strict=True)]
         paired = list(zip(costs, more_bytes, strict=True))
-        seconds = functools.cache(self.rates.compute_s)
+        seconds = functools.cache(functools.partial(self.rates.compute_s, repeats=self.batch_size / num_rehearsed))
         return VisitCosts(
             embedded_bytes=output_bytes[0],
             kept_bytes=tuple(cost.forward.kept_bytes + more for cost, more in paired),
             output_bytes=tuple(output_bytes),
             forward_peak_bytes=tuple(cost.forward.peak_bytes + more for cost, more in paired),
             backward_peak_bytes=tuple(cost.backward.peak_bytes + more for cost, more in paired),
-            forward_s=forward_repeats * sum(seconds(cost.forward.work) for cost in costs),
-            backward_s=backward_repeats * sum(seconds(cost.backward.work) for cost in costs[self.lowest :]),
+            forward_s=sum(seconds(cost.forward.work, start_repeats=forward_starts) for cost in costs),
+            backward_s=sum(seconds(cost.backward.work, start_repeats=backward_starts) for cost in costs[self.lowest :]),
         )
 
     # ---- memory ----
@@ -264,8 +264,7 @@ class StepCost:
         ]
         loss = Phase(
             name="loss",
-            # The last layer's input is still leaving.
-            boundary_bytes=ring_bytes + 2 * visits.output_bytes[-1] if in_ring else below[-1],
+            boundary_bytes=ring_bytes + visits.output_bytes[-1] if in_ring else below[-1],
             gradient_bytes=max(early_bytes, outside_bytes),
             activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes),
         )
