@@ -365,6 +365,18 @@ class _Runtime:
             self.outside.move_to_device()
         self.streamer.set_resident(choices.resident_layers)
 
+    @property
+    def choices(self) -> StepChoices:
+        """How steps run now."""
+        return StepChoices(
+            micro_batch_size=self.options.micro_batches.micro_batch_size,
+            forward_micro_batch_size=self.options.micro_batches.forward_micro_batch_size,
+            tile_tokens=self.options.tiles.tile_tokens,
+            boundaries_in_ram=self.options.boundaries.in_use,
+            outside_in_ram=self.outside.on_host,
+            resident_layers=self.streamer.resident_layers,
+        )
+
     def start_budget(self) -> None:
         """Sets the VRAM budget, once everything that is not streamed has been placed."""
         streamed = {id(parameter) for parameter in self.streamed_parameters()}
@@ -510,6 +522,18 @@ def apply_choices(model: nn.Module, choices: StepChoices) -> None:
     """
     get_streamer(model)
     _runtime_of(_find_wrapped(model)).apply(choices)
+
+
+def find_choices(model: nn.Module) -> StepChoices:
+    """How a wrapped model runs its steps now, whether a plan, a correction of it or the user has chosen that.
+
+    ``outside_in_ram`` says where embedding and head are, which are left on the device where they cannot be moved.
+
+    Raises:
+        ValueError: The model is not wrapped.
+    """
+    get_streamer(model)
+    return _runtime_of(_find_wrapped(model)).choices
 
 
 def find_base(model: nn.Module) -> BaseFiles | None:

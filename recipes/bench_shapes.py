@@ -5,6 +5,7 @@ Knows transformers' Llama configuration and safetensors. Does not know training.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import tempfile
@@ -83,16 +84,26 @@ def ensure_checkpoint(
     target = folder / f"{shape}{depth}-{precision}{'-nf4' if is_packed else ''}"
     if target.is_dir():
         return target
-    config, dtype = shape_config(shape, num_layers), DTYPES[precision]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs at once one writes and the others wait
+        if not target.is_dir():
+            _write_checkpoint(target, shape_config(shape, num_layers), precision, device, seed, is_packed)
+    return target
+
+
+def _write_checkpoint(
+    target: Path, config: LlamaConfig, precision: str, device: torch.device, seed: int, is_packed: bool
+) -> None:
+    folder, dtype = target.parent, DTYPES[precision]
     model = meta_model(config, dtype).requires_grad_(False)
     packed = {id(weight) for weight in packed_weights(model)} if is_packed else set()
-    folder.mkdir(parents=True, exist_ok=True)
     needed_bytes = sum(
         nf4_bytes(p.numel(), True) if id(p) in packed else p.numel() * dtype.itemsize for p in model.parameters()
     )
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes + FREE_DISK_MARGIN_BYTES:
-        raise ValueError(f"{shape} in {precision} takes {needed_bytes} bytes on disk, but {free_bytes} are free there")
+        raise ValueError(f"{target.name} takes {needed_bytes} bytes on disk, but {free_bytes} are free there")
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder))
     try:
         _write_shards(model, temporary, dtype, device, seed, packed)
@@ -104,7 +115,6 @@ def ensure_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return target
 
 
 def _packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -259,6 +259,7 @@ def train(
         | {
             "step_median_s": statistics.median(step_s[args.warmup :]),
             "step_s": step_s,
+            "vram_allocated_step_peak_bytes": [record.vram_allocated_peak_bytes for record in records],
             "loss_first": log.losses[0],
             "loss_last": log.losses[-1],
             "loss": log.losses,
@@ -278,10 +279,11 @@ def train(
 def shared_figures(baseline: ProcessMemory) -> dict[str, Any]:
     """Which process this is, and its share of the RAM that all of them take, while all of them hold it."""
     is_group = torch.distributed.is_initialized()
+    # One that shares its memory with nobody has all of it; what it was forked from holds pages of imports alone.
+    proportional_bytes = read_process_memory().private_bytes
     if is_group:
         torch.distributed.barrier()
-    proportional_bytes = read_proportional_private_bytes()
-    if is_group:
+        proportional_bytes = read_proportional_private_bytes()
         torch.distributed.barrier()
     return {
         "rank": torch.distributed.get_rank() if is_group else 0,

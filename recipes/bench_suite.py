@@ -1,22 +1,25 @@
-"""A list of measurements, one after the other, each in a process of its own, and a table of them against their targets.
+"""Lists of measurements, each in a process of its own, and a table of each list against its targets.
 
-    python recipes/bench_suite.py recipes/suites/h100-7b-foundation.json --checkpoint-dir ck --output results.jsonl
+    python recipes/bench_suite.py recipes/suites/h100-7b-*.json --checkpoint-dir ck --output results.jsonl
 
 A suite is a file: the options that all runs of `bench_step.py` share, and each run's own, the run that it is compared
-with, and the targets that it must meet. Knows no models and measures nothing itself.
+with, and the targets that it must meet. What two suites share, such as the stock baseline, is measured once. Runs
+follow each other; with ``--devices 0,1`` each card has one at a time, and those that are compared share a card.
+Knows no models and measures nothing itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bench_runs import START_METHODS, Job, run_jobs
 
 from hf_lema.units import GIB
 
@@ -43,6 +46,7 @@ class Run:
         against: Name of the run that its step is compared with.
         targets: Key of `TARGETS` -> number.
         limit_s: Seconds after which it is stopped.
+        alone: Whether nothing may run beside it, where there are several cards.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Run:
     against: str | None = None
     targets: dict[str, float] = field(default_factory=dict)
     limit_s: float = 120.0
+    alone: bool = False
 
 
 def read_suite(path: Path) -> list[Run]:
@@ -74,20 +79,28 @@ def read_suite(path: Path) -> list[Run]:
     return runs
 
 
-def measure(run: Run, extra: list[str]) -> dict[str, Any]:
-    """Runs it; what comes back has ``name``, and either bench_step's record or ``error``."""
-    command = [sys.executable, str(BENCH), *run.options, *extra]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=run.limit_s, check=False, env=os.environ, close_fds=True
-        )
-    except subprocess.TimeoutExpired:
-        return {"name": run.name, "error": f"stopped after {run.limit_s:.0f} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"name": run.name, "error": f"exit code {done.returncode}: {last}"}
-    return {"name": run.name} | json.loads(lines[-1])
+def jobs_of(suites: dict[str, list[Run]]) -> dict[tuple[str, str], Job]:
+    """The job behind every run, by the names of suite and run.
+
+    Runs of several suites that have the same options are one job; what one suite has twice is measured twice. Jobs that
+    are compared, directly or by way of others, are of one group.
+    """
+    jobs: dict[tuple[tuple[str, ...], int], Job] = {}
+    found: dict[tuple[str, str], Job] = {}
+    for suite, runs in suites.items():
+        seen: Counter[tuple[str, ...]] = Counter()
+        for run in runs:
+            key = (run.options, seen[run.options])
+            seen[run.options] += 1
+            job = jobs.setdefault(key, Job(name=run.name, options=run.options, limit_s=0.0, group=len(jobs)))
+            job.limit_s = max(job.limit_s, run.limit_s)
+            job.is_alone = job.is_alone or run.alone
+            found[suite, run.name] = job
+            if run.against is not None:
+                joined = {job.group, found[suite, run.against].group}
+                for other in jobs.values():
+                    other.group = min(joined) if other.group in joined else other.group
+    return found
 
 
 def figures(record: dict[str, Any], against: dict[str, Any] | None) -> dict[str, float]:
@@ -136,43 +149,61 @@ def table(runs: list[Run], records: dict[str, dict[str, Any]]) -> tuple[str, boo
         record = records.get(run.name, {"error": "not run"})
         found = figures(record, records.get(run.against or ""))
         cells = [f"{found[name]:.3f}" if name in found else "" for name in columns]
-        verdict = record["error"] if "error" in record else ", ".join(judged(run.targets, found))
+        words = [record["error"]] if "error" in record else judged(run.targets, found)
+        words += [f"{record['num_runs_beside']} beside it"] if record.get("num_runs_beside") else []
+        verdict = ", ".join(words)
         is_met = is_met and "error" not in record and "MISSED" not in verdict
         lines.append(f"| {run.name} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines), is_met
 
 
+def chosen(runs: list[Run], names: Sequence[str]) -> list[Run]:
+    """Those of the names, and what they are compared with."""
+    wanted = {run.name for run in runs if run.name in names}
+    wanted |= {run.against for run in runs if run.name in wanted and run.against is not None}
+    return [run for run in runs if run.name in wanted]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a suite and prints its table last; 1 where a run failed or missed a target."""
-    parser = argparse.ArgumentParser(description="measure a suite of runs, each in its own process, and compare")
-    parser.add_argument("suite", type=Path, help="a file of recipes/suites")
+    """Runs suites and prints their tables last; 1 where a run failed or missed a target."""
+    parser = argparse.ArgumentParser(description="measure suites of runs, each run in its own process, and compare")
+    parser.add_argument("suites", type=Path, nargs="+", help="files of recipes/suites")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs, and those they are compared with")
     parser.add_argument("--checkpoint-dir", type=Path, required=True, help="keeps the random checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="file to which the records are appended")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no run that may end later than this")
+    parser.add_argument("--devices", help="cards that run at the same time, such as 0,1; by default one run at a time")
+    parser.add_argument(
+        "--start-method", choices=START_METHODS, default="forkserver", help="spawn imports all anew for each run"
+    )
     parser.add_argument("--commit", default="", help="state of the sources, where there is no git checkout")
     args = parser.parse_args(argv)
-    start_s = time.monotonic()
-    runs = read_suite(args.suite)
+    suites = {str(path): read_suite(path) for path in args.suites}
     if args.only:
-        named = {run.name for run in runs if run.name in args.only}
-        if missing := sorted(set(args.only) - named):
+        if missing := sorted(set(args.only) - {run.name for runs in suites.values() for run in runs}):
             parser.error(f"no such runs: {', '.join(missing)}")
-        runs = [run for run in runs if run.name in named | {run.against for run in runs if run.name in named}]
+        suites = {path: chosen(runs, args.only) for path, runs in suites.items()}
     extra = ["--checkpoint-dir", str(args.checkpoint_dir), *(["--commit", args.commit] if args.commit else [])]
-    records: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if time.monotonic() - start_s + run.limit_s > args.limit_s:
-            records[run.name] = {"error": "not run: no time left"}
+    jobs = jobs_of(suites)
+    for job in set(jobs.values()):
+        job.options = (*job.options, *extra)
+    devices = args.devices.split(",") if args.devices else [None]
+    options: dict[str, Any] = {"start_method": args.start_method, "limit_s": args.limit_s}
+    records: dict[Job, dict[str, Any]] = {}
+    for job, record in run_jobs(BENCH, list(dict.fromkeys(jobs.values())), devices, **options):
+        records[job] = record
+        if "process_s" not in record:  # it was not run
             continue
-        begin_s = time.monotonic()
-        records[run.name] = measure(run, extra) | {"process_s": time.monotonic() - begin_s}
+        serves = [f"{Path(path).stem}: {name}" for (path, name), other in jobs.items() if other is job]
         with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(records[run.name]) + "\n")
-        print(f"{run.name}: {time.monotonic() - begin_s:.0f} s", flush=True)
-    text, is_met = table(runs, records)
-    print(text)
-    return 0 if is_met else 1
+            file.write(json.dumps({"name": job.name, "serves": serves} | record) + "\n")
+        print(f"{job.name}: {record['process_s']:.0f} s", flush=True)
+    is_all_met = True
+    for path, runs in suites.items():
+        text, is_met = table(runs, {run.name: records[jobs[path, run.name]] for run in runs})
+        print(f"\n{Path(path).stem}\n\n{text}")
+        is_all_met = is_all_met and is_met
+    return 0 if is_all_met else 1
 
 
 if __name__ == "__main__":

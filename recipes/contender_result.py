@@ -21,6 +21,7 @@ from hf_lema.planning.plan_table import plan_as_dict
 from hf_lema.planning.planner import plan_memory, plan_stock
 from hf_lema.planning.step_cost import PlanOptions
 from hf_lema.reporting.contender import ContenderResult, UseSample
+from hf_lema.wrapper import find_choices
 
 MAX_SAMPLES = 400
 """Points of the memory curve that are kept: more than a plot can show."""
@@ -28,17 +29,23 @@ OPTIMIZER_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
 def streamer_details(model: nn.Module) -> dict[str, Any]:
-    """What a streamed model's runtime says of itself."""
+    """What a streamed model's runtime says of itself; ``chosen_...`` is how its last steps were run."""
     streamer = get_streamer(model)
     stats = {f"total_{name}": value for name, value in dataclasses.asdict(streamer.stats()).items()}
-    return stats | {
-        "tier": streamer.host_store.tier,
-        "num_layers": streamer.num_layers,
-        "num_streamed": streamer.num_streamed,
-        "num_resident": streamer.num_resident,
-        "layer_bytes": streamer.layer_bytes,
-        "ram_pinned_bytes": streamer.host_store.pinned_bytes,
-    }
+    chosen = {f"chosen_{name}": value for name, value in dataclasses.asdict(find_choices(model)).items()}
+    chosen["chosen_num_resident"] = len(chosen.pop("chosen_resident_layers"))
+    return (
+        stats
+        | chosen
+        | {
+            "tier": streamer.host_store.tier,
+            "num_layers": streamer.num_layers,
+            "num_streamed": streamer.num_streamed,
+            "num_resident": streamer.num_resident,
+            "layer_bytes": streamer.layer_bytes,
+            "ram_pinned_bytes": streamer.host_store.pinned_bytes,
+        }
+    )
 
 
 def stream_notes(details: dict[str, Any]) -> list[str]:

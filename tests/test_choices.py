@@ -33,7 +33,7 @@ from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS
 from hf_lema.planning.planner import plan_stock
 from hf_lema.planning.step_cost import PlanOptions
-from hf_lema.wrapper import apply_choices, find_streamer
+from hf_lema.wrapper import apply_choices, find_choices, find_streamer
 
 pytestmark = pytest.mark.integration
 
@@ -165,8 +165,10 @@ def test_a_layer_without_a_token_wise_part_says_so() -> None:
 
 def test_close_gives_back_what_the_choices_took() -> None:
     model = prepare(ORDERS[0])
-    apply_choices(model, StepChoices(boundaries_in_ram=True, outside_in_ram=True))
+    choices = StepChoices(boundaries_in_ram=True, outside_in_ram=True)
+    apply_choices(model, choices)
     forward_backward(model)
+    assert find_choices(model) == choices
     streamer = find_streamer(model)
     assert streamer is not None
     runtime = model.get_base_model().__dict__["_lema_runtime"]
@@ -183,13 +185,8 @@ def test_a_plan_of_plan_memory_is_taken_as_it_is(tmp_path: Path) -> None:
     assert isinstance(plan, MemoryPlan)
     model = prepare(ORDERS[0], config=LemaConfig(vram_budget="1GiB", choices=plan))
     with closing(model):
-        runtime = model.get_base_model().__dict__["_lema_runtime"]
-        assert runtime.options.micro_batches.micro_batch_size == 1
-        assert runtime.options.boundaries.in_use
-        assert runtime.outside.on_host
-        streamer = find_streamer(model)
-        assert streamer is not None
-        assert streamer.resident_layers == plan.resident_layers
+        assert find_choices(model) == plan.choices
+        assert plan.choices.micro_batch_size == 1
         assert len(plan.resident_layers) == 2
         train(model, tmp_path, max_steps=2)
     stock = plan_stock(build(), batch_size=2, seq_len=16, lora=4)

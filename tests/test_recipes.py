@@ -405,7 +405,7 @@ def bench(tmp_path: Path, *options: str) -> dict:
 def test_bench_step_moves_the_predicted_bytes_and_loses_nothing_against_peft(tmp_path, capsys):
     stock = bench(tmp_path, "--contender", "peft")
     streamed = bench(tmp_path, "--contender", "lema")
-    cold = bench(tmp_path, "--contender", "lema", "--tier", "disk", "--cold")
+    cold = bench(tmp_path, "--contender", "lema", "--tier", "disk", "--cold", "--choices", '{"boundaries_in_ram":true}')
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == cold
     assert stock["loss"] == streamed["loss"] == cold["loss"]
     assert stock["batches_sha256"] == streamed["batches_sha256"]
@@ -415,6 +415,8 @@ def test_bench_step_moves_the_predicted_bytes_and_loses_nothing_against_peft(tmp
         assert record["num_transfers_predicted"] == 2 * record["num_streamed"] - record["num_transfers_reused"]
     assert (streamed["tier"], streamed["disk_bytes"]) == ("ram", [0, 0, 0, 0])
     assert (cold["tier"], cold["disk_bytes"]) == ("disk", cold["h2d_bytes"])
+    assert (streamed["chosen_boundaries_in_ram"], cold["chosen_boundaries_in_ram"]) == (False, True)
+    assert cold["chosen_num_resident"] == cold["chosen_micro_batch_size"] == 0
     assert len(cold["drop_s"]) == 4
     assert {"git_dirty", "torch_version"} <= set(cold["environment"])
     assert str(tmp_path) not in json.dumps(cold)
