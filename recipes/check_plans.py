@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+
 from hf_lema import LemaConfig
 from hf_lema.planning.device_rates import DeviceRates
 from hf_lema.planning.memory_plan import MemoryPlan
@@ -28,6 +30,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MICRO_BATCHES = {"c": 4}
 """Sequences of a micro-batch where the record says "auto", a setting that is gone; in a and b it cut nothing."""
 
+CHOICES = ("micro_batch_size", "forward_micro_batch_size", "tile_tokens", "boundaries_in_ram", "outside_in_ram")
 IN_RAM_TEXTS = {"boundaries_in_ram": "boundaries in RAM", "outside_in_ram": "embedding and head in RAM"}
 IN_RAM = {"boundaries_in_ram": True, "outside_in_ram": True}
 CHOSEN: dict[str, dict[str, Any]] = {
@@ -90,14 +93,15 @@ class Comparison:
 
 
 @functools.cache
-def step_cost(seq_len: int) -> StepCost:
+def step_cost(seq_len: int, lora_dropout: float) -> StepCost:
     """Of 8 sequences; others are derived, so that the model is built once."""
-    return StepCost("llama-2-7b", 8, seq_len, 16, H100, PlanOptions())
+    lora = LoraConfig(r=16, lora_dropout=lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    return StepCost("llama-2-7b", 8, seq_len, lora, H100, PlanOptions())
 
 
 @functools.cache
-def _at_batch(seq_len: int, batch_size: int) -> StepCost:
-    return step_cost(seq_len).at(H100, batch_size)
+def _at_batch(seq_len: int, batch_size: int, lora_dropout: float) -> StepCost:
+    return step_cost(seq_len, lora_dropout).at(H100, batch_size)
 
 
 def comparisons() -> Iterator[Comparison]:
@@ -132,6 +136,8 @@ def _choices(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     options = record["options"]
     if options.get("choices") is not None:
         return dict(json.loads(options["choices"]))
+    if "chosen_micro_batch_size" in record:
+        return {name: record[f"chosen_{name}"] for name in CHOICES}
     chosen = CHOSEN.get(record.get("name", ""), {})
     return {"micro_batch_size": _micro_batch_size(path, record)} | chosen
 
@@ -141,7 +147,7 @@ def _planned(path: Path, record: dict[str, Any]) -> MemoryPlan:
     # From the page cache the disk tier moved what it did, which no plain reading of the disk says.
     disk_bytes_per_s = H100.disk_bytes_per_s if options["cold"] else record.get("disk_bytes_per_s", 1.0)
     rates = replace(H100, h2d_bytes_per_s=record["pinned_copy_bytes_per_s"], disk_bytes_per_s=disk_bytes_per_s)
-    cost = _at_batch(options["seq_len"], options["batch_size"]).at(rates)
+    cost = _at_batch(options["seq_len"], options["batch_size"], options.get("lora_dropout", 0.1)).at(rates)
     whole_head_bytes, ends = cost.tensors.head_bytes, cost.ends
     if path.stem[-1] == "d":  # a head in RAM came in one piece
         cost.ends = lambda is_chunked, piece_bytes=0: ends(is_chunked, whole_head_bytes if piece_bytes else 0)
