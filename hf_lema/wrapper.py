@@ -265,14 +265,15 @@ class LemaModelWrapper(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DDP need not send, by the names that its module gives them, with and without a `PeftModel` around.
+        """What DDP need not send, by the names that its module gives them: this model, or any `PeftModel` around it.
 
         Streamed parameters, and fixed buffers: for these it would walk over all modules before every forward.
         """
         streamed = {id(parameter) for parameter in _runtime_of(self).streamed_parameters()}
         names = [name for name, parameter in self.named_parameters() if id(parameter) in streamed]
         names += fixed_buffers(self)
-        return [prefix + name for prefix in ("", "base_model.model.") for name in names]
+        prefixes = ("", "base_model.", "base_model.model.")  # the second around prompts, the third around LoRA
+        return [prefix + name for prefix in prefixes for name in names]
 
     @property
     def is_parallelizable(self) -> bool:
