@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from models import (
     PEFT_THEN_WRAP,
     STOCK,
+    TRANSFORMERS_5,
     WRAP_THEN_PEFT,
     RecordingTrainer,
     adapt,
@@ -89,11 +90,13 @@ def unused(order: str, folder: Path) -> dict[str, Any]:
 
 
 def used(order: str, folder: Path) -> dict[str, Any]:
-    """DDP expects every parameter to take part; what it reduces is counted."""
+    """DDP as docs/scale.md says; what it reduces is counted."""
     settings = SETTINGS | {"ddp_find_unused_parameters": False}
     num_examples = settings.pop("num_examples")
     with closing(model_of(order)) as model:
         trainer = CountingTrainer(model=model, args=arguments(folder, **settings), train_dataset=examples(num_examples))
+        if TRANSFORMERS_5:  # Trainer of transformers 4 makes the handler later
+            trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
         trainer.train()
         return asdict(trainer.trajectory()) | {"num_values_reduced": trainer.reduces.num_values}
 

@@ -93,6 +93,13 @@ def test_two_processes_give_what_stock_gives_under_ddp(case: str, two_processes:
     assert_all_equal(two_processes, 2, case)
 
 
+@pytest.mark.parametrize("order", distributed_cases.ORDERS)
+def test_how_ddp_is_set_changes_no_number(order: str, two_processes: Path) -> None:
+    set_by_trainer, set_by_hand = (torch.load(two_processes / f"{case}-{order}-0.pt") for case in ("unused", "used"))
+    assert set_by_hand.pop("num_values_reduced")
+    assert_equal(set_by_hand, set_by_trainer, order)
+
+
 @pytest.mark.parametrize("case", ["used", "accelerate_loop", "accelerate_loop_unused"])
 def test_accumulated_gradients_are_reduced_once_a_step_and_only_the_adapters(case: str, two_processes: Path) -> None:
     found = torch.load(two_processes / f"{case}-wrap-peft-0.pt")
