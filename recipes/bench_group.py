@@ -181,11 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint-dir", type=Path, required=True, help="keeps the random checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="file to which a JSON line a run is appended")
     parser.add_argument("--suite", type=Path, help="a file of recipes/groups, instead of options")
-    parser.add_argument(
-        "--beside",
-        action="store_true",
-        help="also run as many at the same time, each by itself",
-    )
+    parser.add_argument("--beside", action="store_true", help="also run as many at the same time, each by itself")
     parser.add_argument("--commit", help="state of the sources, where there is no git checkout")
     parser.add_argument("options", nargs="*", help="of bench_step.py, after --")
     args = parser.parse_args(argv)

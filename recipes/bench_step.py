@@ -40,6 +40,7 @@ from hf_lema import LemaConfig, MemoryTelemetryCallback, StepChoices, get_stream
 from hf_lema.measuring.sampler import read_proportional_private_bytes
 from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, rank_path, read_process_memory
 from hf_lema.runtime.local_ranks import LocalGroup
+from hf_lema.runtime.numa import node_of_card
 from hf_lema.units import parse_bytes
 
 LEMA = ("lema", "lema-nf4")
@@ -299,7 +300,7 @@ def train(
 
 def shared_figures(baseline: ProcessMemory) -> dict[str, Any]:
     """Which process this is, and its share of the RAM that all of them take, while all of them hold it."""
-    is_group = torch.distributed.is_initialized()
+    is_group, is_cuda = torch.distributed.is_initialized(), torch.cuda.is_initialized()
     # One that shares its memory with nobody has all of it; what it was forked from holds pages of imports alone.
     proportional_bytes = read_process_memory().private_bytes
     if is_group:
@@ -309,6 +310,7 @@ def shared_figures(baseline: ProcessMemory) -> dict[str, Any]:
     return {
         "rank": torch.distributed.get_rank() if is_group else 0,
         "num_processes": torch.distributed.get_world_size() if is_group else 1,
+        "numa_node_unitless": node_of_card(torch.device("cuda", torch.cuda.current_device())) if is_cuda else None,
         "ram_proportional_above_baseline_bytes": _above(proportional_bytes, baseline),
     }
 
