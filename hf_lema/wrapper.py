@@ -37,6 +37,7 @@ from hf_lema.layer.micro_batch import MicroBatches
 from hf_lema.layer.recompute import VisitOptions
 from hf_lema.layer.self_check import SelfCheck
 from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.model.fixed_buffers import fixed_buffers
 from hf_lema.model.loading import build_skeleton, find_decoder_layers
 from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
 from hf_lema.model.loss import ChunkedLoss
@@ -264,10 +265,15 @@ class LemaModelWrapper(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Streamed parameters, by the names that DDP's module gives them, with and without a `PeftModel` around."""
+        """What DDP need not send, by the names that its module gives them: this model, or any `PeftModel` around it.
+
+        Streamed parameters, and fixed buffers: for these it would walk over all modules before every forward.
+        """
         streamed = {id(parameter) for parameter in _runtime_of(self).streamed_parameters()}
         names = [name for name, parameter in self.named_parameters() if id(parameter) in streamed]
-        return [prefix + name for prefix in ("", "base_model.model.") for name in names]
+        names += fixed_buffers(self)
+        prefixes = ("", "base_model.", "base_model.model.")  # the second around prompts, the third around LoRA
+        return [prefix + name for prefix in prefixes for name in names]
 
     @property
     def is_parallelizable(self) -> bool:

@@ -10,6 +10,10 @@ under torchrun, one process a card. The line has every process's own figures and
 
 - ``throughput_ratio``: tokens a second of the group over those of the process that ran alone. A step of the group is
   over when its slowest process is done.
+- ``throughput_ratio_beside``, with ``--beside``: the same of processes that run at the same time and have nothing to do
+  with each other, each with its own copy of the layers. It is what the machine gives when all cards are busy; what
+  the group has less is DDP's. ``throughput_ratio_in_step`` counts a step of theirs as over when the slowest has done
+  it, as it is in a group.
 - ``ram_group_bytes``: anonymous and shared-memory pages of all processes above what each held before it loaded
   anything; a page that several map counts once (PSS of proc(5)).
 """
@@ -19,9 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +39,22 @@ LIMIT_S = 600.0
 TARGETS = {"min_throughput_ratio": "throughput_ratio", "max_ram_group_gib": "ram_group_gib"}
 
 
-def run_alone(options: list[str], checkpoint_dir: Path) -> dict[str, Any]:
-    """The record of one process."""
+def run_alone(options: list[str], checkpoint_dir: Path, number: int = 0) -> dict[str, Any]:
+    """The record of one process without a launcher, on the card of a number."""
     command = [sys.executable, str(BENCH), *options, "--checkpoint-dir", str(checkpoint_dir)]
     # Under two visible cards and no launcher Trainer would take both.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = str(number) if cards is None else ",".join(cards.split(",")[number : number + 1])
     lines = _output(command, {"CUDA_VISIBLE_DEVICES": visible}).splitlines()
     record: dict[str, Any] = json.loads(lines[-1])
     return record
+
+
+def run_beside(options: list[str], checkpoint_dir: Path, num_processes: int) -> list[dict[str, Any]]:
+    """The records of several processes that train at the same time, each as if it were alone."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(num_processes) as pool:
+        together = [*options, "--meet", str(num_processes), folder]
+        return list(pool.map(lambda number: run_alone(together, checkpoint_dir, number), range(num_processes)))
 
 
 def run_group(options: list[str], checkpoint_dir: Path, num_processes: int) -> list[dict[str, Any]]:
@@ -62,12 +76,15 @@ def _output(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def group_record(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def group_record(
+    alone: dict[str, Any], ranks: list[dict[str, Any]], beside: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """The group's figures beside those of each process.
 
     Args:
         alone: Record of the one process.
         ranks: Records of the several, by rank.
+        beside: Records of as many that ran at the same time by themselves.
     """
     step_s = max(rank["step_median_s"] for rank in ranks)
     tokens = alone["options"]["batch_size"] * alone["options"]["seq_len"]
@@ -88,18 +105,39 @@ def group_record(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str
         "environment": alone["environment"],
         "alone": alone,
         "ranks": ranks,
+    } | ({} if beside is None else beside_figures(alone, beside))
+
+
+def beside_figures(alone: dict[str, Any], beside: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of processes that ran at the same time by themselves; both ratios as in the module's text."""
+    slowest_s = max(record["step_median_s"] for record in beside)
+    in_step_s = [max(step_s) for step_s in zip(*(record["step_s"] for record in beside), strict=True)]
+    total_s = len(beside) * alone["step_median_s"]
+    return {
+        "throughput_ratio_beside": total_s / slowest_s,
+        "throughput_ratio_in_step": total_s / statistics.median(in_step_s[alone["options"]["warmup"] :]),
+        "beside": beside,
     }
 
 
-def measure(options: list[str], checkpoint_dir: Path, num_processes: int) -> dict[str, Any]:
-    """One process, then several, in the same call and on the same machine."""
+def measure(options: list[str], checkpoint_dir: Path, num_processes: int, *, is_beside: bool = False) -> dict[str, Any]:
+    """One process, then several, in the same call and on the same machine.
+
+    Args:
+        options: Of bench_step.py.
+        checkpoint_dir: Keeps the random checkpoint.
+        num_processes: Of the group.
+        is_beside: Whether as many also run by themselves, between the two.
+    """
     alone = run_alone(options, checkpoint_dir)
-    return group_record(alone, run_group(options, checkpoint_dir, num_processes))
+    beside = run_beside(options, checkpoint_dir, num_processes) if is_beside else None
+    return group_record(alone, run_group(options, checkpoint_dir, num_processes), beside)
 
 
 def summary(record: dict[str, Any], targets: dict[str, float]) -> tuple[str, bool]:
     """A line for a person, and whether the targets are met."""
-    figures = {"throughput_ratio": record["throughput_ratio"]}
+    names = ("throughput_ratio", "throughput_ratio_beside", "throughput_ratio_in_step")
+    figures = {name: record[name] for name in names if name in record}
     if record["ram_group_bytes"] is not None:
         figures["ram_group_gib"] = record["ram_group_bytes"] / GIB
     words, is_met = [f"{name} {value:.3f}" for name, value in figures.items()], True
@@ -143,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint-dir", type=Path, required=True, help="keeps the random checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="file to which a JSON line a run is appended")
     parser.add_argument("--suite", type=Path, help="a file of recipes/groups, instead of options")
+    parser.add_argument("--beside", action="store_true", help="also run as many at the same time, each by itself")
     parser.add_argument("--commit", help="state of the sources, where there is no git checkout")
     parser.add_argument("options", nargs="*", help="of bench_step.py, after --")
     args = parser.parse_args(argv)
@@ -151,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     commit = [] if args.commit is None else ["--commit", args.commit]
     is_all_met = True
     for run in read_runs(args):
-        record = measure([*run["options"], *commit], args.checkpoint_dir, args.num_processes)
+        record = measure([*run["options"], *commit], args.checkpoint_dir, args.num_processes, is_beside=args.beside)
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": run["name"]} | record) + "\n")
         text, is_met = summary(record, run["targets"])

@@ -40,11 +40,14 @@ from hf_lema import LemaConfig, MemoryTelemetryCallback, StepChoices, get_stream
 from hf_lema.measuring.sampler import read_proportional_private_bytes
 from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, rank_path, read_process_memory
 from hf_lema.runtime.local_ranks import LocalGroup
+from hf_lema.runtime.numa import node_of_card
 from hf_lema.units import parse_bytes
 
 LEMA = ("lema", "lema-nf4")
 BENCH_CONTENDERS = ("peft", "peft-no-gc", "qlora", *LEMA)
 LEARNING_RATE = 1e-4
+NOT_RECORDED = ("checkpoint_dir", "output", "commit", "meet")
+MEET_LIMIT_S = 300.0
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,6 +87,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="state of the sources, where the machine has no git checkout")
     parser.add_argument("--output", type=Path, help="file to which the JSON line is appended")
+    parser.add_argument(
+        "--meet", nargs=2, metavar=("N", "FOLDER"), help="begin to train when N processes have come to an empty folder"
+    )
     args = parser.parse_args(argv)
     if args.cold and (args.contender not in LEMA or args.tier != "disk"):
         parser.error("--cold needs --contender lema --tier disk")
@@ -186,7 +192,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         is_packed=args.packed,
     )
     # No paths: a record is read on other machines.
-    options = {name: value for name, value in vars(args).items() if name not in ("checkpoint_dir", "output", "commit")}
+    options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     start_s = time.perf_counter()
     record = {"options": options} | machine_rates(args, device, folder)
     record["rates_s"] = time.perf_counter() - start_s
@@ -201,6 +207,8 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     record["load_s"] = time.perf_counter() - start_s
     record["ram_loading_private_above_baseline_peak_bytes"] = _above(loading.ram_private_bytes, baseline)
     settle_memory()
+    if args.meet is not None:
+        meet(int(args.meet[0]), Path(args.meet[1]))
     start_s = time.perf_counter()
     record |= train(args, model, folder, scratch, baseline)
     record["train_s"] = time.perf_counter() - start_s
@@ -210,6 +218,20 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         record["bus_over_pinned_copy_ratio"] = record["bus_bytes_per_s"] / record["pinned_copy_bytes_per_s"]
     record["environment"] = environment_record() | {"stated_commit": args.commit}
     return record
+
+
+def meet(num_processes: int, folder: Path, limit_s: float = MEET_LIMIT_S) -> None:
+    """Waits until so many processes, this one among them, have come to a folder; they share nothing else.
+
+    Raises:
+        RuntimeError: Some have not come in time.
+    """
+    (folder / str(os.getpid())).touch()
+    deadline_s = time.monotonic() + limit_s
+    while (num_here := len(list(folder.iterdir()))) < num_processes:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"{num_here} of {num_processes} processes came to {folder} within {limit_s:g} s")
+        time.sleep(0.01)
 
 
 def machine_rates(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -278,7 +300,7 @@ def train(
 
 def shared_figures(baseline: ProcessMemory) -> dict[str, Any]:
     """Which process this is, and its share of the RAM that all of them take, while all of them hold it."""
-    is_group = torch.distributed.is_initialized()
+    is_group, is_cuda = torch.distributed.is_initialized(), torch.cuda.is_initialized()
     # One that shares its memory with nobody has all of it; what it was forked from holds pages of imports alone.
     proportional_bytes = read_process_memory().private_bytes
     if is_group:
@@ -288,6 +310,7 @@ def shared_figures(baseline: ProcessMemory) -> dict[str, Any]:
     return {
         "rank": torch.distributed.get_rank() if is_group else 0,
         "num_processes": torch.distributed.get_world_size() if is_group else 1,
+        "numa_node_unitless": node_of_card(torch.device("cuda", torch.cuda.current_device())) if is_cuda else None,
         "ram_proportional_above_baseline_bytes": _above(proportional_bytes, baseline),
     }
 

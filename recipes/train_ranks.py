@@ -79,9 +79,7 @@ def train(model_name: str, output_dir: str, settings: dict[str, Any]) -> None:
     data = prepare_data(None, tokenizer, settings.get("seq_len", 512), plan.seed, settings.get("num_examples", 500))
     model = build_model("lema", model_name, plan, device, config)
     log = LogCallback()
-    # Every adapter takes part in every step; Trainer has DDP look for those that do not, at every step.
-    folder, changed = Path(output_dir) / "checkpoints", {"ddp_find_unused_parameters": False}
-    trainer, _ = stock_trainer(model, plan, data.dataset, folder, log, **changed)
+    trainer, _ = stock_trainer(model, plan, data.dataset, Path(output_dir) / "checkpoints", log)
     telemetry = MemoryTelemetryCallback.attach(trainer, console=False)
     trainer.train()
     if rank == 0:

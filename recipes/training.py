@@ -97,6 +97,8 @@ def training_arguments(plan: TrainingPlan, output_dir: Path, **changed: Any) -> 
         "disable_tqdm": True,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": plan.device_type == "cuda",
+        # Every adapter takes part in every step; for a PeftModel Trainer has DDP look for those that do not.
+        "ddp_find_unused_parameters": False,
     }
     return TrainingArguments(output_dir=str(output_dir), **(values | checkpointing | changed))
 
@@ -249,4 +251,8 @@ def trainer_with(
         model=model, args=args, train_dataset=dataset, data_collator=collator, callbacks=[log], **options
     )
     trainer.remove_callback(PrinterCallback)
+    # Trainer has no argument for it. Before transformers 5 it makes the handler later, and gradients are copied out of
+    # DDP's buckets; the numbers are the same.
+    if trainer.accelerator.ddp_handler is not None:
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     return trainer, collator

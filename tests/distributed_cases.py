@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from models import (
     PEFT_THEN_WRAP,
     STOCK,
+    TRANSFORMERS_5,
     WRAP_THEN_PEFT,
     RecordingTrainer,
     adapt,
@@ -34,7 +35,7 @@ from ranks import shared_memory_bytes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_lema import LemaModelWrapper, get_streamer
 
@@ -89,13 +90,49 @@ def unused(order: str, folder: Path) -> dict[str, Any]:
 
 
 def used(order: str, folder: Path) -> dict[str, Any]:
-    """DDP expects every parameter to take part; what it reduces is counted."""
+    """DDP as docs/scale.md says; what it reduces is counted."""
     settings = SETTINGS | {"ddp_find_unused_parameters": False}
     num_examples = settings.pop("num_examples")
     with closing(model_of(order)) as model:
         trainer = CountingTrainer(model=model, args=arguments(folder, **settings), train_dataset=examples(num_examples))
+        if TRANSFORMERS_5:  # Trainer of transformers 4 makes the handler later
+            trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
         trainer.train()
         return asdict(trainer.trajectory()) | {"num_values_reduced": trainer.reduces.num_values}
+
+
+class StepProfile(TrainerCallback):
+    """The operators of the third step, from the end of the one before to its own end, in order."""
+
+    def __init__(self) -> None:
+        self.operators: list[str] = []
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self._profile.start()
+        elif state.global_step == 3:
+            self._profile.stop()
+            events = sorted(self._profile.events(), key=lambda event: event.time_range.start)
+            self.operators = [event.name for event in events]
+
+
+def counted(order: str, folder: Path) -> dict[str, Any]:
+    """What a steady step starts; a step is one batch and is logged."""
+    settings = SETTINGS | {"gradient_accumulation_steps": 1}
+    num_examples = settings.pop("num_examples")
+    if "WORLD_SIZE" not in os.environ:
+        settings.pop("ddp_backend")
+    profile = StepProfile()
+    with closing(model_of(order)) as model:
+        trainer = RecordingTrainer(
+            model=model,
+            args=arguments(folder, **settings),
+            train_dataset=examples(num_examples),
+            callbacks=[profile],
+        )
+        trainer.train()
+        return asdict(trainer.trajectory()) | {"operators": profile.operators}
 
 
 def resumed(order: str, folder: Path) -> dict[str, Any]:
@@ -262,7 +299,7 @@ DYING = {"max_steps": 6, "ddp_backend": "gloo"}
 CASES = {
     case.__name__: case
     for case in (
-        *(unused, used, resumed, resumed_by_others, sft, nf4),
+        *(unused, used, counted, resumed, resumed_by_others, sft, nf4),
         *(accelerate_loop, accelerate_loop_unused, loaded, killed),
     )
 }

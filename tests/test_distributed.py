@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import distributed_cases
 import pytest
 import torch
-from models import TRANSFORMERS_5
+from models import NUM_LAYERS, TRANSFORMERS_5
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -83,13 +84,20 @@ def assert_all_equal(folder: Path, num_processes: int, case: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, torchrun(2), *CASES, "loaded", "nf4")
+    launch(folder, torchrun(2), *CASES, "counted", "loaded", "nf4")
     return folder
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_what_stock_gives_under_ddp(case: str, two_processes: Path) -> None:
     assert_all_equal(two_processes, 2, case)
+
+
+@pytest.mark.parametrize("order", distributed_cases.ORDERS)
+def test_how_ddp_is_set_changes_no_number(order: str, two_processes: Path) -> None:
+    set_by_trainer, set_by_hand = (torch.load(two_processes / f"{case}-{order}-0.pt") for case in ("unused", "used"))
+    assert set_by_hand.pop("num_values_reduced")
+    assert_equal(set_by_hand, set_by_trainer, order)
 
 
 @pytest.mark.parametrize("case", ["used", "accelerate_loop", "accelerate_loop_unused"])
@@ -100,6 +108,51 @@ def test_accumulated_gradients_are_reduced_once_a_step_and_only_the_adapters(cas
     assert len(found["losses"]) == 2 * num_steps, "two backwards a step"
     assert len(found["num_values_reduced"]) % num_steps == 0
     assert sum(found["num_values_reduced"]) == num_steps * num_trainable
+
+
+@pytest.fixture(scope="module")
+def counted(two_processes: Path) -> dict[str, list[str]]:
+    """What the first of two processes starts in a step."""
+    found = {order: torch.load(two_processes / f"counted-{order}-0.pt") for order in distributed_cases.ORDERS}
+    operators = {order: one.pop("operators") for order, one in found.items()}
+    for order, one in found.items():
+        assert_equal(one, found["stock"], order)
+    return operators
+
+
+def test_a_streamed_step_has_the_collectives_of_stock_without_the_buffers(counted: dict[str, list[str]]) -> None:
+    stock, *streamed = (Counter(name for name in one if name.startswith("c10d::")) for one in counted.values())
+    assert stock["c10d::broadcast_"] == 1
+    assert stock["c10d::allreduce_"] > 0
+    for found in streamed:
+        assert found == stock - Counter({"c10d::broadcast_": 1})
+
+
+def test_a_group_adds_to_a_streamed_step_what_it_adds_to_stock_without_the_buffers(
+    counted: dict[str, list[str]], tmp_path: Path
+) -> None:
+    added = {}
+    for order, operators in counted.items():
+        alone = distributed_cases.counted(order, tmp_path / order)["operators"]
+        group = Counter(name for name in operators if name.startswith("aten::"))
+        added[order] = group - Counter(name for name in alone if name.startswith("aten::"))
+    # One copy into a bucket and one out of it for each gradient, and what the buffers' broadcast takes.
+    num_gradients = counted["stock"].count("torch::distributed::reducer::mul_out")
+    assert num_gradients == 2 * 4 * NUM_LAYERS
+    stock, *streamed = added.values()
+    assert stock["aten::copy_"] >= 2 * num_gradients
+    for found in streamed:
+        assert found <= stock
+        assert found["aten::flatten_dense_tensors"] == 0
+        assert stock["aten::flatten_dense_tensors"] == 1
+        assert (stock - found).total() < num_gradients
+
+
+def test_gradients_go_to_ddp_layer_by_layer_in_the_backward(counted: dict[str, list[str]]) -> None:
+    names = {"RecomputeBackward": "visit", "torch::distributed::reducer::mul_out": "gradient"}
+    for order in ("wrap-peft", "peft-wrap"):
+        found = [names[name] for name in counted[order] if name in names]
+        assert found == ["visit", *["gradient"] * 8] * NUM_LAYERS
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="Trainer of transformers 4 cannot resume on several CPU processes")

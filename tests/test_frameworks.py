@@ -35,6 +35,7 @@ from models import (
     train,
     trainables,
 )
+from peft import PromptTuningConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -242,6 +243,26 @@ def test_ddp_reduces_every_gradient_once(order: str, find_unused_parameters: boo
         streamed = {n for n, p in model.named_parameters() if ".layers." in n and not p.requires_grad}
         assert streamed <= ignored
         assert not ignored & set(trainables(model))
+
+
+def test_ddp_leaves_streamed_layers_under_trained_prompts_alone(process_group: None) -> None:
+    def use(model: nn.Module) -> torch.Tensor:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        assert parallel.will_sync_module_buffers() is (model is resident)
+        loss: torch.Tensor = parallel(**batch()).loss
+        loss.backward()
+        return loss.detach()
+
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    resident = prepare(STOCK, peft_config=prompts)
+    expected = use(resident)
+    for order in ORDERS:
+        with closing(prepare(order, peft_config=prompts)) as model:
+            assert torch.equal(use(model), expected)
+            assert_same_tensors(gradients(model), gradients(resident))
+            streamed = {n for n, p in model.named_parameters() if ".layers." in n and not p.requires_grad}
+            assert streamed
+            assert streamed <= set(model._ddp_params_and_buffers_to_ignore)
 
 
 # ---- TRL ----

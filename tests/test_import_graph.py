@@ -54,6 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "layer/self_check": {"torch"},
     "layer/layer_proxy": {"torch"},
     "model/other_ways": {"torch", "transformers", "accelerate"},
+    "model/fixed_buffers": {"torch"},
     "model/lora_inputs": {"torch", "peft"},
     "model/outside": {"torch", "transformers"},
     "model/pieced_loss": {"torch"},

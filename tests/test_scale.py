@@ -93,6 +93,29 @@ def test_a_group_is_as_fast_as_its_slowest_process_and_shared_pages_count_once()
     assert not bench_group.summary(unknown, {"max_ram_group_gib": 14.5})[1], "what is not known meets nothing"
 
 
+def test_processes_beside_each_other_say_what_the_machine_takes_from_a_group() -> None:
+    def with_steps(rank: int, *step_s: float) -> dict[str, Any]:
+        found = record(rank, sorted(step_s[1:])[1], 12.8, 1)
+        return found | {"step_s": list(step_s), "options": found["options"] | {"warmup": 1}}
+
+    alone = with_steps(0, 9.0, 0.70, 0.70, 0.70)
+    beside = [with_steps(0, 9.0, 0.71, 0.80, 0.72), with_steps(0, 9.0, 0.79, 0.71, 0.73)]
+    found = bench_group.group_record(alone, [record(0, 0.80, 6.9), record(1, 0.81, 6.8)], beside)
+
+    assert found["throughput_ratio_beside"] == pytest.approx(2 * 0.70 / 0.73)
+    assert found["throughput_ratio_in_step"] == pytest.approx(2 * 0.70 / 0.79)
+    assert found["beside"] == beside
+    text, _ = bench_group.summary(found, {})
+    assert "throughput_ratio 1.728; throughput_ratio_beside 1.918; throughput_ratio_in_step 1.772" in text
+
+
+def test_one_who_does_not_come_ends_the_wait_of_the_others(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="1 of 2 processes"):
+        bench_step.meet(2, tmp_path, limit_s=0.05)
+    (tmp_path / "another").touch()
+    bench_step.meet(2, tmp_path, limit_s=0.05)
+
+
 def test_a_report_shows_the_bus_rate_of_each_process(tmp_path: Path) -> None:
     def steps(rank: int, step_s: float, num_processes: int) -> dict[str, Any]:
         job = {"contender": "lema", "shape": "llama-2-7b", "dtype": "fp16", "device": "cuda", "warmup": 1}
@@ -130,8 +153,11 @@ def test_the_measurement_of_two_processes_runs_dry_on_a_cpu(contender: str, tmp_
     options = f"--shape tiny --contender {contender} --device cpu --batch-size 2 --seq-len 16 --steps 4 --warmup 1"
     where = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--output", str(output)]
 
-    assert bench_group.main([*where, "--commit", "abc", "--", *options.split()]) == 0
+    assert bench_group.main([*where, "--beside", "--commit", "abc", "--", *options.split()]) == 0
     found = json.loads(output.read_text())
+    assert [beside["num_processes"] for beside in found["beside"]] == [1, 1]
+    assert found["beside"][0]["batches_sha256"] == found["beside"][1]["batches_sha256"]
+    assert found["throughput_ratio_in_step"] > 0
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
     assert found["throughput_ratio"] > 0
     assert found["alone"]["num_processes"] == 1
