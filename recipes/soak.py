@@ -28,7 +28,7 @@ import torch
 from bench_shapes import SHAPES, ensure_checkpoint
 from footprint import Footprint, private_growth_bytes, read_footprint, what_grew
 from model_builds import build_model
-from random_data import random_data
+from random_data import NUM_EXAMPLES, random_data
 from torch import nn
 from training import TrainingPlan, precision_for, training_arguments
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -61,11 +61,17 @@ def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.steps < NUM_SAMPLES:
         parser.error(f"--steps must be at least {NUM_SAMPLES}: so many samples are taken")
+    if options.batch_size > NUM_EXAMPLES // 2:
+        parser.error(f"--batch-size must be at most {NUM_EXAMPLES // 2}: an epoch's first step is never measured")
     return options
 
 
 class Probe(TrainerCallback):
-    """Measures the process between two steps, at an even pace, and keeps every logged loss."""
+    """Measures the process between two steps of an epoch, at an even pace, and keeps every logged loss.
+
+    Never before an epoch's first step: Trainer's loop over an epoch holds the last step's loss and gradient norm, two
+    tensors of 512 bytes in VRAM, and a new epoch begins without them.
+    """
 
     def __init__(self, model: nn.Module, num_steps: int) -> None:
         self.steps: list[int] = []
@@ -73,12 +79,19 @@ class Probe(TrainerCallback):
         self.losses: list[float] = []
         self._model = model
         self._every = num_steps // NUM_SAMPLES
+        self._begins_epoch = True
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next step is an epoch's first."""
+        self._begins_epoch = True
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before a step's forward: the last step's gradients are gone, and what was saved or evaluated is over."""
-        if state.global_step % self._every == 0 and state.global_step:
+        is_due = state.global_step // self._every > len(self.steps)
+        if is_due and not self._begins_epoch:
             self.steps.append(state.global_step)
             self.footprints.append(read_footprint(self._model))
+        self._begins_epoch = False
 
     def on_log(
         self,

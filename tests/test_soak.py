@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from hf_lema.units import MIB
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+import random_data
 import soak
 from footprint import EXACT, Footprint, read_footprint, what_grew
 
@@ -42,6 +44,14 @@ def test_a_figure_that_changes_by_one_is_named(name: str) -> None:
     assert said.startswith(name)
 
 
+@pytest.mark.parametrize("num_before", range(1, 8))
+def test_one_small_tensor_more_from_any_sample_on_is_a_fault(num_before: int) -> None:
+    leaked = replace(FLAT, vram_allocated_bytes=FLAT.vram_allocated_bytes + 512)
+
+    (said,) = what_grew([FLAT] * num_before + [leaked] * (8 - num_before), 0)
+    assert said == "vram_allocated_bytes went from 5 to 517 (least 5, most 517)"
+
+
 def test_private_memory_may_grow_by_what_is_stated_and_no_more() -> None:
     grown = [replace(FLAT, private_bytes=FLAT.private_bytes + i * MIB) for i in range(9)]
 
@@ -50,9 +60,18 @@ def test_private_memory_may_grow_by_what_is_stated_and_no_more() -> None:
     assert said.startswith("private_bytes grew by 7.00 MiB")
 
 
+def footprint_with_scalars(model: torch.nn.Module) -> Footprint:
+    """The footprint; tensors of one value count as VRAM, each the 512 bytes that CUDA's allocator gives it."""
+    footprint = read_footprint(model)
+    num_scalars = sum(issubclass(type(found), torch.Tensor) and found.dim() == 0 for found in gc.get_objects())
+    return replace(footprint, vram_allocated_bytes=512 * num_scalars)
+
+
 def soaked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str) -> tuple[int, dict[str, Any]]:
     monkeypatch.setattr(soak, "NUM_SAMPLES", 10)
     monkeypatch.setattr(soak, "NUM_EVALUATIONS", 4)
+    monkeypatch.setattr(random_data, "NUM_EXAMPLES", 8)  # four steps an epoch
+    monkeypatch.setattr(soak, "read_footprint", footprint_with_scalars)
     output = tmp_path / "soak.json"
     options = ["--device", "cpu", "--steps", "20", "--num-layers", "2", "--tier", tier]
     code = soak.main([*options, "--folder", str(tmp_path), "--output", str(output)])
@@ -66,18 +85,24 @@ def test_a_soak_trains_evaluates_saves_and_finds_the_process_flat(
     code, record = soaked(tmp_path, monkeypatch, tier)
 
     assert (code, record["faults"], record["num_steps"], record["host_tier"]) == (0, [], 20, tier)
-    assert record["steps"] == list(range(2, 20, 2))
+    assert record["steps"] == [2, 5, 6, 9, 10, 13, 14, 17, 18]  # every two, but never before the first of an epoch
     assert len(record["footprints"]["num_threads"]) == 9
+    assert record["footprints"]["vram_allocated_bytes"][0] > 0
     assert (record["disk_bytes"] > 0) == (tier == "disk")
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["checkpoint-15", "checkpoint-20"]
 
 
-def test_a_soak_finds_a_file_that_every_step_leaves_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, build_model = [], soak.build_model
+def test_a_soak_finds_files_left_open_and_one_tensor_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, kept, build_model = [], [], soak.build_model
+
+    def leak(*_: Any) -> None:
+        files.append(os.open("/dev/null", os.O_RDONLY))
+        if len(files) == 15:  # of 20 steps and some evaluations
+            kept.append(torch.zeros(()))
 
     def leaking(*args: Any) -> Any:
         model = build_model(*args)
-        model.register_forward_pre_hook(lambda *_: files.append(os.open("/dev/null", os.O_RDONLY)))
+        model.register_forward_pre_hook(leak)
         return model
 
     monkeypatch.setattr(soak, "build_model", leaking)
@@ -86,8 +111,11 @@ def test_a_soak_finds_a_file_that_every_step_leaves_open(tmp_path: Path, monkeyp
         os.close(file)
 
     assert code == 1
-    assert len(record["faults"]) == 1
-    assert record["faults"][0].startswith("num_handles went from")
+    vram, handles = sorted(record["faults"], reverse=True)
+    assert vram.startswith("vram_allocated_bytes went from")
+    assert handles.startswith("num_handles went from")
+    held_bytes = record["footprints"]["vram_allocated_bytes"]
+    assert held_bytes[-1] - held_bytes[0] == 512
 
 
 @pytest.mark.slow
