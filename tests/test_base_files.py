@@ -73,12 +73,14 @@ def test_one_changed_byte_is_found_and_its_file_named(model: Path, keeps_time: b
 def test_a_file_of_many_pieces_is_digested_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
     path.write_bytes(os.urandom(1000))
-    whole = base_files._digest_of(path, 1000)
+    read: list[int] = []
+    whole = base_files._digest_of(path, 1000, read.append)
     monkeypatch.setattr(base_files, "PIECE_BYTES", 300)
-    cut = base_files._digest_of(path, 1000)
+    cut = base_files._digest_of(path, 1000, read.append)
+    assert read == [1000, 300, 300, 300, 100]
     content = path.read_bytes()
     path.write_bytes(content[300:600] + content[:300] + content[600:])
-    assert len({whole, cut, base_files._digest_of(path, 1000)}) == 3
+    assert len({whole, cut, base_files._digest_of(path, 1000, read.append)}) == 3
 
 
 def test_files_that_were_not_touched_are_not_read_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_lema.files.checkpoint import CheckpointIndex
 
@@ -67,15 +69,13 @@ class BaseFiles:
         self._digests: dict[str, str | None] = {}
 
     def record(self) -> list[dict[str, Any]]:
-        """The identity, to be kept as JSON. Reads every file the first time that it is asked.
+        """The identity, to be kept as JSON. Reads every file the first time that it is asked, with a progress bar.
 
         Returns:
             For each file ``name``, ``nbytes``, ``touched`` and ``sha256``, which is None where the file is gone, or is
             not what was loaded any more.
         """
-        for file in self.files:
-            if file.name not in self._digests:
-                self._digests[file.name] = self._digest(file)
+        self._read(self.files)
         return [
             {"name": f.name, "nbytes": f.nbytes, "touched": f.touched, "sha256": self._digests[f.name]}
             for f in self.files
@@ -99,9 +99,9 @@ class BaseFiles:
         now = {file.name: file for file in self.files}
         found = [f"{name} was one of its files and is not any more" for name in sorted(then.keys() - now.keys())]
         found += [f"{name} was not one of its files" for name in sorted(now.keys() - then.keys())]
-        for name in sorted(then.keys() & now.keys()):
-            found += self._difference(now[name], then[name])
-        return found
+        pairs = [(now[name], then[name]) for name in sorted(then.keys() & now.keys())]
+        self._read(file for file, record in pairs if _only_contents_tell(file, record))
+        return found + [difference for pair in pairs for difference in self._difference(*pair)]
 
     def _difference(self, now: BaseFile, then: Mapping[str, Any]) -> list[str]:
         if now.nbytes != then["nbytes"]:
@@ -110,8 +110,6 @@ class BaseFiles:
             return []
         if then["sha256"] is None:
             return [f"{now.name} was changed or removed while the run that saved the checkpoint went on"]
-        if now.name not in self._digests:
-            self._digests[now.name] = self._digest(now)
         digest = self._digests[now.name]
         if digest is None:
             return [f"{now.name} was changed or removed since it was loaded"]
@@ -119,11 +117,21 @@ class BaseFiles:
             return [f"{now.name} has other contents (sha256 {digest[:12]}..., was {then['sha256'][:12]}...)"]
         return []
 
-    def _digest(self, file: BaseFile) -> str | None:
+    def _read(self, files: Iterable[BaseFile]) -> None:
+        """Takes the digests of those that were not read yet."""
+        files = [file for file in files if file.name not in self._digests]
+        num_bytes = sum(file.nbytes for file in files)
+        with tqdm(
+            total=num_bytes, desc="Reading the base model", unit="B", unit_scale=True, delay=2, leave=False
+        ) as bar:
+            for file in files:
+                self._digests[file.name] = self._digest(file, bar.update)
+
+    def _digest(self, file: BaseFile, on_read: Callable[[int], object]) -> str | None:
         """Of the contents, if they are still those that were loaded."""
         path = self._paths[file.name]
         try:
-            digest = _digest_of(path, file.nbytes)
+            digest = _digest_of(path, file.nbytes, on_read)
             is_as_loaded = _look_at(file.name, path) == file
         except OSError:  # gone, or on a disk that is: the run that streams from RAM goes on all the same
             return None
@@ -138,7 +146,12 @@ def _look_at(name: str, path: Path) -> BaseFile:
     return BaseFile(name=name, nbytes=found.st_size, touched=hashlib.sha256(seen.encode()).hexdigest())
 
 
-def _digest_of(path: Path, nbytes: int) -> str:
+def _only_contents_tell(now: BaseFile, then: Mapping[str, Any]) -> bool:
+    """Whether a file has to be read to know if it is the recorded one."""
+    return now.nbytes == then["nbytes"] and now.touched != then["touched"] and then["sha256"] is not None
+
+
+def _digest_of(path: Path, nbytes: int, on_read: Callable[[int], object]) -> str:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
 
@@ -149,7 +162,11 @@ def _digest_of(path: Path, nbytes: int) -> str:
                 begin += len(read)
             return digest.digest()
 
+        begins, digest = range(0, nbytes, PIECE_BYTES), hashlib.sha256()
         with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="hf_lema-digest") as pool:
-            return hashlib.sha256(b"".join(pool.map(piece, range(0, nbytes, PIECE_BYTES)))).hexdigest()
+            for begin, of_piece in zip(begins, pool.map(piece, begins), strict=True):
+                digest.update(of_piece)
+                on_read(min(PIECE_BYTES, nbytes - begin))
+        return digest.hexdigest()
     finally:
         os.close(descriptor)

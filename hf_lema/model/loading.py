@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -293,9 +294,8 @@ def _load_outside(
     reader = TensorReader(index)
     read = reader.read_meta if device.type == "meta" else reader.read
     with reader.files, torch.no_grad():
-        for group in plan.groups:
-            if group.target in layer_parameters:
-                continue
+        outside = [group for group in plan.groups if group.target not in layer_parameters]
+        for group in tqdm(outside, desc="Loading embedding and head", delay=2, leave=False):
             for name, tensor in convert(group, model, read).items():
                 _place(model, name, tensor.to(device))
                 found.add(name)

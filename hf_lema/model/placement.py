@@ -143,7 +143,7 @@ def fill_from_model(store: HostStore, streamed: Mapping[int, tuple[LayerLayout, 
     """Moves a built model's tensors into the store; the same Parameter objects then rest on its memory."""
     assert isinstance(store, RamStore)
     with torch.no_grad():
-        for layer_idx, (_, places) in streamed.items():
+        for layer_idx, (_, places) in tqdm(streamed.items(), desc="Moving layers", delay=2, leave=False):
             views = store.host_views(layer_idx)
             for place in places:
                 rest(place, views)

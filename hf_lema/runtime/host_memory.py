@@ -19,7 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from hf_lema.progress import time_shown
 from hf_lema.runtime.numa import near_current_card
+from hf_lema.units import format_bytes
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -77,12 +79,15 @@ class HostBuffer:
     def page_lock(self) -> bool:
         """Registers the memory with CUDA: copies then run at full bus rate and do not block the host.
 
-        Worth calling after the memory was filled (0.05 s a GiB on an H100 host; the pages are then already there).
+        Worth calling after the memory was filled (0.05 s a GiB on an H100 host, ten times that on others; the pages are
+        then already there). One call for all of it, which cannot say how far it is, and a long one shows its time: CUDA
+        lets no copy reach over two registered ranges.
 
         Returns:
             Whether the system allowed it; if not, the memory stays pageable, and `PAGE_LOCK_ADVICE` is for the user.
         """
-        with near_current_card():  # pages that are new come from there
+        # Pages that are new come from near the card.
+        with time_shown(f"Page-locking {format_bytes(self._mapped_bytes)} of RAM"), near_current_card():
             result = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self._mapped_bytes, 0))
         if result == 0:
             self.pinned_bytes = self._mapped_bytes
