@@ -437,18 +437,44 @@ def test_views_stay_readable_after_close(tmp_path: Path) -> None:
     assert all(torch.equal(raw(views[n]), raw(t)) for n, t in checkpoint.tensors[0].items())
 
 
-def test_close_ends_the_reader_threads_and_may_be_repeated(tmp_path: Path) -> None:
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_lema-reader")]
+
+
+def test_readers_run_from_the_start_until_close_which_may_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_store, "NUM_READERS", 5)
     checkpoint = write_checkpoint(tmp_path, 4)
     store = DiskStore(checkpoint.layouts, checkpoint.spans, CPU)
+    assert len(readers()) == 5
     read(store, 0)
-
-    def readers() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_lema-reader")]
-
-    assert 1 <= len(readers()) <= host_store.NUM_READERS
+    assert len(readers()) == 5
     for _ in range(3):
         bounded(store.close)
     assert readers() == []
+
+
+def test_a_system_without_a_thread_left_says_so_at_the_start_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if thread.name == "hf_lema-reader_1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(host_store, "NUM_READERS", 2)
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    checkpoint = write_checkpoint(tmp_path, 4)
+    files = FileSet({path: path.stat().st_size for path in checkpoint.paths})
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        DiskStore(checkpoint.layouts, checkpoint.spans, CPU, files=files)
+    assert readers() == []
+    assert not any(
+        Path(f"/proc/self/fd/{name}").resolve().is_relative_to(tmp_path) for name in os.listdir("/proc/self/fd")
+    )
 
 
 def test_a_store_without_layers_opens_nothing() -> None:

@@ -15,11 +15,13 @@ from __future__ import annotations
 import abc
 import mmap
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -178,6 +180,21 @@ class HostStore(abc.ABC):
         self._readers = ThreadPoolExecutor(
             NUM_READERS, thread_name_prefix="hf_lema-reader", initializer=run_near_card, initargs=(self.device,)
         )
+        try:
+            self._start_readers(self._readers)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _start_readers(readers: ThreadPoolExecutor) -> None:
+        """Starts every thread. A pool waits until it lacks one: a system that has none left would stop a run midway."""
+        go = threading.Event()
+        try:
+            waits = [readers.submit(go.wait) for _ in range(NUM_READERS)]
+        finally:
+            go.set()
+        _wait_for_all(waits)
 
     def _copy_through_ring(self, out: torch.Tensor, fill: Callable[[int, torch.Tensor], None]) -> None:
         """Fills ``out`` window by window: ``fill(begin, window)`` runs on the readers, copies follow in order."""
@@ -210,7 +227,7 @@ class HostStore(abc.ABC):
             _wait_for_all([read for read, *_ in pending])
 
 
-def _wait_for_all(reads: Sequence[Future[None]]) -> None:
+def _wait_for_all(reads: Sequence[Future[Any]]) -> None:
     """Waits for every read, then raises the first error: no reader may still write when the buffer goes back."""
     errors = [error for read in reads if (error := read.exception()) is not None]
     if errors:
