@@ -394,6 +394,20 @@ def test_take_after_close_is_refused_with_the_remedy(enqueues: bool) -> None:
         assert store.started == [0]
 
 
+def test_close_ends_the_thread_though_an_interrupt_left_the_lock_taken() -> None:
+    with prefetching() as (prefetcher, store, _):
+        prefetcher.want([3])
+        wait_until(lambda: list(store.started) == [3])
+
+        def interrupted() -> None:
+            prefetcher._changed.acquire()  # and then, before the block that would release it, Ctrl-C
+            prefetcher._changed.acquire()
+            prefetcher.close()
+
+        bounded(interrupted)
+        assert prefetch_threads() == []
+
+
 def test_close_ends_a_take_that_waits_in_another_thread() -> None:
     with prefetching() as (prefetcher, store, _):
         store.gate.clear()

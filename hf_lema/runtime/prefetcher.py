@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -141,10 +142,20 @@ class Prefetcher:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        self._let_go()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
         self._copy_stream.synchronize()
         self._pool.slots.clear()  # the device memory goes back now, not when the last reference to this object does
+
+    def _let_go(self) -> None:
+        """Releases what an interrupt has left locked: one that comes between the taking of a lock and the block after it.
+
+        The thread that was interrupted goes on as the lock's owner, and the background thread would wait for ever.
+        """
+        with suppress(RuntimeError):  # not, or no longer, the owner
+            while True:
+                self._changed.release()
 
     def _check_alive(self, layer_idx: int) -> None:
         if self._error is not None:
