@@ -149,7 +149,7 @@ class Prefetcher:
         self._pool.slots.clear()  # the device memory goes back now, not when the last reference to this object does
 
     def _let_go(self) -> None:
-        """Releases what an interrupt has left locked: one that comes between the taking of a lock and the block after it.
+        """Releases what an interrupt has left locked, one between the taking of a lock and the block after it.
 
         The thread that was interrupted goes on as the lock's owner, and the background thread would wait for ever.
         """
