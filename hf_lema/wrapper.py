@@ -35,6 +35,7 @@ from hf_lema.layer.layer_proxy import (
 )
 from hf_lema.layer.micro_batch import MicroBatches
 from hf_lema.layer.recompute import VisitOptions
+from hf_lema.layer.replay import Surroundings
 from hf_lema.layer.self_check import SelfCheck
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.fixed_buffers import fixed_buffers
@@ -489,7 +490,12 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             refuse_lost_outputs(type(self).__name__, self.config, kwargs)
         else:
             _runtime_of(self).before_evaluation(*args[:1], **kwargs)
-        return _runtime_of(self).loss.forward(*args, **kwargs)
+        surroundings = Surroundings(_runtime_of(self).streamer.device)
+        try:
+            return _runtime_of(self).loss.forward(*args, **kwargs)
+        except BaseException:
+            surroundings.put_back()
+            raise
 
     body = {
         "forward": forward,

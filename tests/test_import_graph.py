@@ -45,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime/prefetcher": {"torch"},
     "runtime/streamer": {"torch"},
     "runtime/residency": {"torch"},
+    "layer/swaps": set(),
     "layer/replay": {"torch"},
     "layer/micro_batch": {"torch"},
     "layer/token_tiles": {"torch"},

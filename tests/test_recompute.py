@@ -98,6 +98,9 @@ class Layer:
             self._lent.data.fill_(torch.nan)
             self.is_lent = False
 
+    def undo_interrupted_swaps(self) -> None:
+        """Nothing is swapped that a block does not put back."""
+
     def call_plain(self, *args: Any, **kwargs: Any) -> Any:
         assert self.is_lent
         return self.toy.forward(*args, **kwargs)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as nn_functional
 from torch import nn
 
+from hf_lema.layer.swaps import changed
+
 
 def plain_linears(modules: Iterable[nn.Module]) -> dict[int, nn.Linear]:
     """Linears that compute as ``nn.Linear`` does, by the identity of their parameters' registry."""
@@ -68,13 +70,9 @@ class JointCasts:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Has the linears use the casts inside the block."""
-        try:
-            for linear, half in zip(self._linears, self.halves, strict=True):
-                linear.__dict__["forward"] = functools.partial(_linear, linear, half)
+        pairs = zip(self._linears, self.halves, strict=True)
+        with changed((linear.__dict__, "forward", functools.partial(_linear, linear, half)) for linear, half in pairs):
             yield
-        finally:
-            for linear in self._linears:
-                linear.__dict__.pop("forward", None)
 
     def joined(
         self, gradients: list[torch.Tensor | None], half_gradients: Sequence[torch.Tensor | None]

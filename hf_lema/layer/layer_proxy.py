@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_lema.files.layout import PackedMatrix
 from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
-from hf_lema.layer.replay import ForwardHooks
+from hf_lema.layer.replay import ForwardHooks, Surroundings
 from hf_lema.layer.self_check import CheckedVisit, SelfCheck
 from hf_lema.runtime.schedule import Direction
 from hf_lema.runtime.streamer import LayerStreamer
@@ -255,7 +255,7 @@ class ProxyState:
                 registry[name] = original
             del self._journal[begin : begin + len(entries)]
 
-    def _undo_interrupted_swaps(self) -> None:
+    def undo_interrupted_swaps(self) -> None:
         """Puts back what an interrupt in the middle of `swapped`'s own clean-up has left. No visit is under way."""
         while self._journal:
             registry, name, original = self._journal.pop()
@@ -364,7 +364,16 @@ class ProxyState:
             raise ValueError(
                 f"layer {self.layer_idx} ({self.plain_class.__name__}) was called without positional hidden states"
             )
-        self._undo_interrupted_swaps()
+        self.undo_interrupted_swaps()
+        surroundings = Surroundings(self.streamer.device)
+        try:
+            return self._visit(args, kwargs)
+        except BaseException:
+            surroundings.put_back()
+            self.undo_interrupted_swaps()
+            raise
+
+    def _visit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.reconcile()
         own = self.own_parameters()
         self._bring_to_device(own)

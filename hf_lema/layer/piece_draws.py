@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_lema.layer.micro_batch import Piece
 from hf_lema.layer.replay import generator_of
+from hf_lema.layer.swaps import changed
 
 _ALIGNMENT_BYTES = 64
 """A kernel for random numbers may go through misaligned memory in another order."""
@@ -124,13 +125,8 @@ class PieceDraws:
 
     @contextmanager
     def _replaced(self, stand_in: Callable[[nn.Dropout], Any]) -> Iterator[None]:
-        try:
-            for dropout in self._dropouts:
-                dropout.__dict__["forward"] = stand_in(dropout)
+        with changed((dropout.__dict__, "forward", stand_in(dropout)) for dropout in self._dropouts):
             yield
-        finally:
-            for dropout in self._dropouts:
-                dropout.__dict__.pop("forward", None)
 
 
 class _Redrawn(torch.autograd.Function):

@@ -23,7 +23,7 @@ from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.joint_casts import JointCasts, plain_linears, summed
 from hf_lema.layer.micro_batch import MicroBatches, Piece
 from hf_lema.layer.piece_draws import DrawsElsewhereError, PieceDraws, active_dropouts
-from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState
+from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState, Surroundings
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.runtime.schedule import Direction
 
@@ -77,6 +77,9 @@ class StreamedLayer(Protocol):
 
     def call_plain(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the forward of the layer's own class."""
+
+    def undo_interrupted_swaps(self) -> None:
+        """Registers again what an interrupt in the clean-up of `swapped` has left out."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Visit:
         self._hooks = hooks
         self._rng = RandomState.capture(device)
         self._autocast = AutocastState.capture(device)
-        self._device = device
+        self.device = device
 
     def run(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], piece: Piece | None = None
@@ -175,7 +178,7 @@ class Visit:
             # Tiles are recomputed by themselves in the backward, out of the order in which they drew.
             if len(groups) == len(pieces) or self._tile_tokens:
                 return self._run_pieces(hidden, trainables, [[piece] for piece in pieces])
-            self._draws = PieceDraws(self._device, dropouts, cut.is_verified)
+            self._draws = PieceDraws(self.device, dropouts, cut.is_verified)
             try:
                 return self._run_pieces(hidden, trainables, groups)
             except DrawsElsewhereError:
@@ -204,7 +207,7 @@ class Visit:
     @contextmanager
     def _casts_entered(self, trainables: Sequence[torch.Tensor]) -> Iterator[JointCasts]:
         """Has the layer cast together, or not at all, what autocast and adapters would cast one by one."""
-        parts, dtype = self.layer.parts, self._autocast.half_dtype(self._device)
+        parts, dtype = self.layer.parts, self._autocast.half_dtype(self.device)
         casts = JointCasts(parts.linears, self._trainable_slots, trainables, dtype)
         inputs = self.options.input_casts
         leaves_out = inputs is not None and dtype is not None and not self._are_inputs_cast
@@ -316,6 +319,12 @@ class Recompute(torch.autograd.Function):
         hidden = saved if ctx.boundaries is None else ctx.boundaries.bring(saved)
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
         aliases = tuple(t.detach().requires_grad_(True) for t in trainables)
-        with visit.layer.weights(Direction.BACKWARD), torch.enable_grad():
-            grads = visit.gradients(hidden, aliases, grad_outputs)
+        surroundings = Surroundings(visit.device)
+        try:
+            with visit.layer.weights(Direction.BACKWARD), torch.enable_grad():
+                grads = visit.gradients(hidden, aliases, grad_outputs)
+        except BaseException:
+            surroundings.put_back()
+            visit.layer.undo_interrupted_swaps()
+            raise
         return (None, *grads)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lema.layer.swaps import changed, mark, undo_to
+
 
 def generator_of(device: torch.device) -> torch.Generator:
     """The generator from which operators on a device draw."""
@@ -84,6 +86,41 @@ class AutocastState:
             yield
 
 
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+class Surroundings:
+    """What a visit changes around itself, for putting it back after an exception has passed the visit's own clean-up.
+
+    That clean-up may be what an interrupt cut off: attributes that stay swapped, gradients that stay off, or autocast
+    that stays half entered, whose cache then keeps the casts of old weights. See Note [interrupts] of
+    `hf_lema.layer.swaps`.
+
+    Args:
+        device: Where the layer computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._mark = mark()
+        self._autocast = AutocastState.capture(device)
+        self._nesting = _autocast_nesting()
+        self._is_grad_enabled = torch.is_grad_enabled()
+
+    def put_back(self) -> None:
+        """Everything as it was when this was made, by the same thread."""
+        undo_to(self._mark)
+        torch.set_grad_enabled(self._is_grad_enabled)
+        for device_type, enabled, dtype in self._autocast.settings:
+            torch.set_autocast_enabled(device_type, enabled)
+            torch.set_autocast_dtype(device_type, dtype)
+        torch.set_autocast_cache_enabled(self._autocast.cache_enabled)
+        while _autocast_nesting() > self._nesting:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+
+
 _HOOK_TABLES = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -117,14 +154,9 @@ class ForwardHooks:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """These hooks inside the block."""
-        outside = [(module, tuple(module.__dict__[table] for table in _HOOK_TABLES)) for module, _ in self.tables]
-        try:
-            self._set(self.tables)
+        with changed(
+            (module.__dict__, name, table)
+            for module, tables in self.tables
+            for name, table in zip(_HOOK_TABLES, tables, strict=True)
+        ):
             yield
-        finally:
-            self._set(outside)
-
-    @staticmethod
-    def _set(tables: Iterable[tuple[nn.Module, tuple[dict[int, Any], ...]]]) -> None:
-        for module, values in tables:
-            module.__dict__.update(zip(_HOOK_TABLES, values, strict=True))

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_lema.layer.swaps import changed
+
 MAX_RELATIVE_ERROR = 2e-2
 """Between some tokens together and apart; see `hf_lema.layer.micro_batch.MAX_RELATIVE_ERROR`."""
 
@@ -77,18 +79,11 @@ class TokenTiles:
             parts: The modules, by their names in it.
             tile_tokens: Tokens of a tile.
         """
-        replaced: list[tuple[nn.Module, Any]] = []
-        try:
-            for name, child in parts.items():
-                replaced.append((child, child.__dict__.get("forward")))
-                child.__dict__["forward"] = self._tiled((kind, name), child, child.forward, tile_tokens)
+        with changed(
+            (child.__dict__, "forward", self._tiled((kind, name), child, child.forward, tile_tokens))
+            for name, child in parts.items()
+        ):
             yield
-        finally:
-            for child, before in replaced:
-                if before is None:
-                    del child.__dict__["forward"]
-                else:
-                    child.__dict__["forward"] = before
 
     def _tiled(
         self, key: tuple[type[nn.Module], str], child: nn.Module, plain: Callable[..., Any], tile_tokens: int

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
+from hf_lema.layer.swaps import changed
+
 
 class LoraInputCasts:
     """The casts of plain LoRA on linears; DoRA and other variants compute with their inputs in other ways too."""
@@ -26,14 +28,8 @@ class LoraInputCasts:
     @contextmanager
     def left_out(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         """PEFT's ``disable_input_dtype_casting`` for some modules, without a walk over all of them."""
-        before = [module.__dict__["cast_input_dtype_enabled"] for module in modules]
-        try:
-            for module in modules:
-                module.__dict__["cast_input_dtype_enabled"] = False
+        with changed((module.__dict__, "cast_input_dtype_enabled", False) for module in modules):
             yield
-        finally:
-            for module, was_enabled in zip(modules, before, strict=True):
-                module.__dict__["cast_input_dtype_enabled"] = was_enabled
 
 
 LORA_INPUT_CASTS = LoraInputCasts()

@@ -322,6 +322,9 @@ class _BareLayer:
         """Calls the forward of the layer's own class."""
         return self._forward(self.layer, *args, **kwargs)
 
+    def undo_interrupted_swaps(self) -> None:
+        """Nothing: a rehearsal that fails is over."""
+
 
 def _forget_data(lm: nn.Module, mode: FakeTensorMode) -> dict[int, nn.Parameter]:
     """Replaces every tensor by a fake one on the CPU; tied ones stay tied. Returns them by the old ones' ids."""

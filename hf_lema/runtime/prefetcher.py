@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -25,6 +26,17 @@ from hf_lema.runtime.slots import Slot, SlotPool, SlotState
 
 _MAX_WAIT_S = 60.0
 """Longest wait on the condition before the state is looked at again; a lost wake-up costs this, not a hang."""
+
+
+class _Changed(threading.Condition):
+    """A condition that an interrupt in the middle of ``wait`` may leave released: what is raised is that interrupt."""
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except RuntimeError:
+            if error[0] is None:
+                raise
 
 
 class Prefetcher:
@@ -51,7 +63,7 @@ class Prefetcher:
         self._error: BaseException | None = None
         self._failed_layer = -1  # whose read ended in the error
         self._closing = False
-        self._changed = threading.Condition()
+        self._changed = _Changed()
         self.num_hits = 0
         self.num_demand_loads = 0
         self.wait_s = 0.0
@@ -130,7 +142,8 @@ class Prefetcher:
             self._start_fills()
 
     def end_stale_leases(self) -> None:
-        """Ends leases that an interrupt left behind. Only where no visit is under way."""
+        """Ends leases and locks that an interrupt left behind. Only where no visit is under way."""
+        self._let_go()
         with self._changed:
             for slot in self._pool.slots:
                 if slot.state is SlotState.LEASED:
