@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,27 @@ class AutocastState:
         on = [dtype for kind, is_on, dtype in self.settings if kind == device.type and is_on and self.cache_enabled]
         return next(iter(on), None)
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[object]:
         """These settings inside the block."""
-        with ExitStack() as stack:
-            for device_type, enabled, dtype in self.settings:
-                stack.enter_context(
-                    torch.autocast(device_type, enabled=enabled, dtype=dtype, cache_enabled=self.cache_enabled)
-                )
-            yield
+        return _Autocasts(self)
+
+
+class _Autocasts(ExitStack):
+    """Some autocasts at once.
+
+    No generator: one that an interrupt has cut off leaves its block when it is collected, at any later time, and would
+    leave autocast once more than it was entered.
+    """
+
+    def __init__(self, state: AutocastState) -> None:
+        super().__init__()
+        self._state = state
+
+    def __enter__(self) -> _Autocasts:
+        for device_type, enabled, dtype in self._state.settings:
+            cache_enabled = self._state.cache_enabled
+            self.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype, cache_enabled=cache_enabled))
+        return super().__enter__()
 
 
 def _autocast_nesting() -> int:
