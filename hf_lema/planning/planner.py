@@ -219,14 +219,14 @@ class _Search:
         found: list[MemoryPlan] = []
         for micro_batch_size in self._sizes():
             plans = [self._plan(choice, 0) for choice in self._choices(micro_batch_size)]
-            bare += [plan for plan in plans if self._fits_ram(plan)]
+            in_ram = [plan for plan in plans if self._fits_ram(plan)]
+            bare += in_ram
             if budget_bytes is None:
                 fastest_s = min((plan.time.step_s for plan in bare), default=float("inf"))
                 found = [plan for plan in bare if plan.time.step_s <= MAX_MIN_SLOWDOWN * fastest_s]
                 enough_s = MAX_MIN_SLOWDOWN * fastest_s
             else:
-                fitting = [plan for plan in bare[-len(plans) :] if plan.vram_bytes <= budget_bytes]
-                found += [self._filled(plan, budget_bytes) for plan in fitting]
+                found += [self._filled(plan, budget_bytes) for plan in in_ram if plan.vram_bytes <= budget_bytes]
                 enough_s = min((plan.time.step_s for plan in found), default=float("inf"))
             if min(plan.time.computing_s for plan in plans) > enough_s:
                 break

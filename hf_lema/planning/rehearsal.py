@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from hf_lema.layer.layer_proxy import tensors_in
 from hf_lema.layer.micro_batch import MicroBatches
 from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
 from hf_lema.layer.replay import ForwardHooks
+from hf_lema.layer.swaps import changed
 from hf_lema.layer.token_tiles import TokenTiles
 from hf_lema.model.loading import find_decoder_layers
 from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
@@ -123,7 +124,8 @@ class Rehearsal:
 
         how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size)
         # A tile is computed again inside the backward, by a call of the part of the layer that it passes.
-        with self._behaving_inside(layer.children() if tile_tokens else ()):
+        parts = layer.children() if tile_tokens else ()
+        with changed((part.__dict__, "forward", behaving(part.forward, self._behaviour)) for part in parts):
             return self._visit(layer_idx, batch_size, seq_len, how, call)
 
     def stock_visit(self, layer_idx: int, batch_size: int, seq_len: int, is_checkpointed: bool) -> PartCost:
@@ -238,18 +240,6 @@ class Rehearsal:
                 del layer.__dict__["forward"]
 
     @contextmanager
-    def _behaving_inside(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Has modules behave as on CUDA wherever they are called inside the block."""
-        changed = list(modules)
-        for module in changed:
-            module.__dict__["forward"] = behaving(module.forward, self._behaviour)
-        try:
-            yield
-        finally:
-            for module in changed:
-                del module.__dict__["forward"]
-
-    @contextmanager
     def _running(self) -> Iterator[None]:
         """Operators make tensors without data inside the block.
 
@@ -285,12 +275,8 @@ def _whole_rows() -> Iterator[None]:
     From the values of its positions it would see so in training, and then leave the causal mask to the attention
     kernel; of a tensor without data it takes that several are packed into a row, and builds a mask of [tokens, tokens].
     """
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    with changed([(vars(masking_utils), "find_packed_sequence_indices", lambda position_ids: None)]):
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
 
 
 class _BareLayer:
