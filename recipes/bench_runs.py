@@ -76,10 +76,14 @@ def run_jobs(
         start_method: ``"forkserver"``, or ``"spawn"`` to import everything anew for each run.
         limit_s: No job begins that may end later than this.
     """
+    end_s = time.monotonic() + limit_s
     context: Any = multiprocessing.get_context(start_method)
     if start_method == "forkserver":
         context.set_forkserver_preload(list(PRELOADED))
-    end_s = time.monotonic() + limit_s
+        if not _leaves_cuda_alone(context):
+            print("An import has initialised CUDA, so that no fork can use it: runs import all anew.", flush=True)
+            start_method = "spawn"
+            context = multiprocessing.get_context(start_method)
     pending, running, homes = list(jobs), dict[str | None, _Running](), dict[int, str | None]()
     try:
         while pending or running:
@@ -101,6 +105,18 @@ def run_jobs(
     finally:
         for run in running.values():
             run.end()
+
+
+def _leaves_cuda_alone(context: Any) -> bool:
+    """Whether a fork of the process that has done the imports can use CUDA."""
+    probe = context.Process(target=_exit_by_cuda)
+    probe.start()
+    probe.join()
+    return bool(probe.exitcode == 0)
+
+
+def _exit_by_cuda() -> None:
+    sys.exit(1 if sys.modules["torch"].cuda._is_in_bad_fork() else 0)
 
 
 def _choose(
@@ -184,8 +200,6 @@ def _run_script(script: str, options: Sequence[str], environment: dict[str, str]
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), descriptor)
-    if "torch" in sys.modules and sys.modules["torch"].cuda._is_in_bad_fork():
-        sys.exit("an import before the fork has initialised CUDA; run the suite with --start-method spawn")
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [script, *options]

@@ -17,6 +17,7 @@ runs of each, --fresh repeats. Runs of other settings, versions, sources or mach
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -213,8 +214,13 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
     plots = write_plots(duel.results, folder)
     options: dict[str, Any] = {"settings": duel.settings, "plots": plots, "baseline_name": baseline}
     write_markdown(duel.results, duel.environment, folder / "report.md", **options)
-    write_page([duel], folder / "report.html", baseline_name=baseline)
-    print(f"\nreport.html, report.md, results.json and {', '.join(plot.name for plot in plots)} are in {folder}")
+    files = ["report.md", "results.json", *(plot.name for plot in plots)]
+    if importlib.util.find_spec("plotly") is None:
+        print('report.html is left out: it needs plotly (pip install "hf_lema[report]"), then hf-lema report makes it')
+    else:
+        write_page([duel], folder / "report.html", baseline_name=baseline)
+        files.insert(0, "report.html")
+    print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lema import MemoryTelemetryCallback, get_streamer
 from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
-from hf_lema.reporting.contender import ContenderResult
+from hf_lema.reporting.contender import ContenderResult, json_ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +290,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     ranks = Ranks.find()
-    output = json.dumps(run(task, ranks), allow_nan=False, default=str)
+    output = json.dumps(json_ready(run(task, ranks)), allow_nan=False, default=str)
     if ranks.is_launched:
         torch.distributed.destroy_process_group()  # with NCCL an exit without it warns, and may hang
     if ranks.rank > 0:

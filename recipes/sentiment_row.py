@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lema import MemoryTelemetryCallback, get_streamer
 from hf_lema.measuring.telemetry import ProcessMemory, environment_record, read_process_memory
+from hf_lema.reporting.contender import json_ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,7 @@ def main() -> None:
     task = RowTask(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    output = json.dumps(run(task), allow_nan=False, default=str)
+    output = json.dumps(json_ready(run(task)), allow_nan=False, default=str)
     temporary = task.result_path.with_suffix(".part")
     temporary.write_text(output, encoding="utf-8")
     temporary.rename(task.result_path)

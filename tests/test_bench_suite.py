@@ -286,6 +286,17 @@ def test_what_is_imported_before_the_fork_leaves_cuda_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_where_an_import_has_initialised_cuda_runs_import_all_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_runs, "_leaves_cuda_alone", lambda context: False)
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('{\"is_fresh\": %s}' % str('torch' not in sys.modules).lower())\n")
+    ((_, record),) = bench_runs.run_jobs(script, [bench_runs.Job(name="one", options=())])
+    assert (record["start_method"], record["is_fresh"]) == ("spawn", True)
+    assert "runs import all anew" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("children_find_the_package")
 def test_a_run_from_the_fork_server_measures_what_one_of_its_own_interpreter_does(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -150,12 +150,26 @@ class ByteMeter(TorchDispatchMode):
     def _note_work(self, func: Any, args: Any, kwargs: Any, output: Any, outputs: list[torch.Tensor]) -> None:
         inputs = _tensors((args, kwargs))
         counted = flop_registry.get(func.overloadpacket)
-        num_flops = 0 if counted is None else int(counted(*args, **kwargs, out_val=output))
+        shaped = _with_all_heads(args) if "scaled_dot_product" in str(func) else args
+        num_flops = 0 if counted is None else int(counted(*shaped, **kwargs, out_val=output))
         if _is_causal(func, args, kwargs):
             num_flops //= 2  # fused attention skips what the mask hides; the counter does not know
         is_half = bool(num_flops) and all(t.element_size() == 2 for t in inputs if t.is_floating_point())
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in inputs + outputs)
         self._work[num_flops, num_bytes, is_half] += 1
+
+
+def _with_all_heads(args: Sequence[Any]) -> list[Any]:
+    """Arguments of attention, keys and values of grouped heads replaced by their shapes with all heads.
+
+    Up to PyTorch 2.11 the counter refuses fewer heads of keys than of queries.
+    """
+    fours = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 4]
+    num_heads = max((arg.shape[1] for arg in fours), default=0)
+    return [
+        torch.Size((arg.shape[0], num_heads, *arg.shape[2:])) if any(arg is four for four in fours) else arg
+        for arg in args
+    ]
 
 
 def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:

@@ -116,7 +116,7 @@ class ContenderResult:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary ready for ``json.dumps``; a number that is not finite is written as text (``"nan"``)."""
-        data = _json_ready(dataclasses.asdict(self))
+        data = json_ready(dataclasses.asdict(self))
         assert isinstance(data, dict), "asdict gives a dictionary"
         return data
 
@@ -143,11 +143,12 @@ class ContenderResult:
         return cls(**values)
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
+    """The value with numbers that are not finite, at any depth, as text (``"nan"``), which ``float`` reads."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _json_ready(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     return value
