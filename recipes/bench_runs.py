@@ -108,9 +108,15 @@ def run_jobs(
 
 
 def _leaves_cuda_alone(context: Any) -> bool:
-    """Whether a fork of the process that has done the imports can use CUDA."""
+    """Starts the process that does the imports, and says whether a fork of it can use CUDA."""
     probe = context.Process(target=_exit_by_cuda)
-    probe.start()
+    name, before = "PYTORCH_NVML_BASED_CUDA_CHECK", os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
+    os.environ[name] = "1"  # PyTorch's inductor asks for a card when it is imported; NVML answers without the driver
+    try:
+        probe.start()
+    finally:
+        del os.environ[name]
+        os.environ |= {} if before is None else {name: before}
     probe.join()
     return bool(probe.exitcode == 0)
 

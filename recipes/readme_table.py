@@ -126,6 +126,8 @@ def _one_line(line: str, path: Path, number: int) -> list[DuelRecord]:
     (fields,) = read_bench_lines(line)
     name = _set_up(json.loads(line)["options"])
     results = tuple(dataclasses.replace(result, name=name) for result in fields["results"])
+    if not json.loads(line)["options"].get("lora_dropout", 1):
+        fields = fields | {"title": f"{fields['title']}, no LoRA dropout"}
     return [DuelRecord(**fields | {"results": results})]
 
 
