@@ -361,7 +361,14 @@ class _Runtime:
         )
 
     def apply(self, choices: StepChoices) -> None:
-        """Runs steps in this way from now on. Only between steps."""
+        """Runs steps in this way from now on. Only between steps.
+
+        Raises:
+            ValueError: A kept or resident layer does not exist.
+        """
+        unknown = [i for i in choices.kept_layers if i >= len(self.layers)]
+        if unknown:
+            raise ValueError(f"kept_layers {unknown} do not exist; the model has {len(self.layers)} layers")
         self.options.micro_batches.micro_batch_size = choices.micro_batch_size
         self.options.micro_batches.forward_micro_batch_size = choices.forward_micro_batch_size
         self.options.tiles.tile_tokens = choices.tile_tokens
@@ -371,6 +378,7 @@ class _Runtime:
         else:
             self.outside.move_to_device()
         self.streamer.set_resident(choices.resident_layers)
+        self.options.kept.layers = frozenset(choices.kept_layers)
 
     @property
     def choices(self) -> StepChoices:
@@ -382,6 +390,7 @@ class _Runtime:
             boundaries_in_ram=self.options.boundaries.in_use,
             outside_in_ram=self.outside.on_host,
             resident_layers=self.streamer.resident_layers,
+            kept_layers=tuple(sorted(self.options.kept.layers)),
         )
 
     def start_budget(self) -> None:

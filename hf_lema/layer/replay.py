@@ -103,12 +103,36 @@ def _autocast_nesting() -> int:
     return torch.autocast_decrement_nesting()
 
 
+class SavingHooks:
+    """Hooks on what autograd saves, known to `Surroundings` where an interrupt has left them in force."""
+
+    def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Has what is saved inside the block go through `pack`, and come back through `unpack`."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What is kept of a tensor."""
+        raise NotImplementedError
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+
+def _leave_saving_hooks() -> None:
+    """Takes `SavingHooks` from the top of this thread's hooks; outside of visits none is there."""
+    while hooks := torch._C._autograd._top_saved_tensors_default_hooks(False):
+        if not isinstance(getattr(hooks[0], "__self__", None), SavingHooks):
+            return
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
 class Surroundings:
     """What a visit changes around itself, for putting it back after an exception has passed the visit's own clean-up.
 
-    That clean-up may be what an interrupt cut off: attributes that stay swapped, gradients that stay off, or autocast
-    that stays half entered, whose cache then keeps the casts of old weights. See Note [interrupts] of
-    `hf_lema.layer.swaps`.
+    That clean-up may be what an interrupt cut off: attributes that stay swapped, gradients that stay off, hooks on what
+    autograd saves, or autocast that stays half entered, whose cache then keeps the casts of old weights. See Note
+    [interrupts] of `hf_lema.layer.swaps`.
 
     Args:
         device: Where the layer computes.
@@ -123,6 +147,7 @@ class Surroundings:
     def put_back(self) -> None:
         """Everything as it was when this was made, by the same thread."""
         undo_to(self._mark)
+        _leave_saving_hooks()
         torch.set_grad_enabled(self._is_grad_enabled)
         for device_type, enabled, dtype in self._autocast.settings:
             torch.set_autocast_enabled(device_type, enabled)

@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,6 +310,19 @@ class _BareLayer:
 
     def undo_interrupted_swaps(self) -> None:
         """Nothing: a rehearsal that fails is over."""
+
+    @property
+    def stays(self) -> bool:
+        """Nothing is lent, so nothing moves."""
+        return True
+
+    def lent(self) -> list[torch.Tensor]:
+        """Nothing: what a graph saves of the weights is where they are registered."""
+        return []
+
+    def copied(self) -> AbstractContextManager[None]:
+        """Nothing to copy."""
+        return nullcontext()
 
 
 def _forget_data(lm: nn.Module, mode: FakeTensorMode) -> dict[int, nn.Parameter]:
