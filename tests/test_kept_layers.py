@@ -457,23 +457,38 @@ def test_an_exception_in_a_kept_layer_leaves_nothing_behind(num_call: int, error
             assert_same_tensors(gradients(model), gradients(stock))
 
 
-def test_saving_hooks_that_an_interrupt_leaves_in_force_are_taken_away() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_that_an_interrupt_in_their_clean_up_leaves_in_force_are_taken_away(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks, saved = torch.autograd.graph.saved_tensors_hooks, []
+    leave = hooks.__exit__
+
+    def interrupted(self: Any, *args: object) -> None:
+        monkeypatch.undo()  # one interrupt comes once
+        if when == "after":
+            leave(self, *args)
+        raise KeyboardInterrupt
+
+    def is_seen() -> bool:
+        before = len(saved)
+        torch.ones(1, requires_grad=True).exp()
+        return len(saved) == before + 1
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(None)
+        return tensor.detach()
+
     with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model:
-        left, top = LentMemory([]), lambda: torch._C._autograd._top_saved_tensors_default_hooks(False)
-        layer = model.get_base_model().model.layers[1]
-
-        def stop(*_: Any) -> None:
-            left.saving().__enter__()
-            raise KeyboardInterrupt
-
-        handle = layer.mlp.act_fn.register_forward_hook(stop)
-        with torch.autograd.graph.save_on_cpu():
-            outside = top()
+        with hooks(save, lambda tensor: tensor):
+            monkeypatch.setattr(hooks, "__exit__", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 forward_backward(model)
-            assert top() == outside
-        handle.remove()
-        assert top() is None
+            assert is_seen(), "the hooks of the visit are still there, or those around it are gone"
+        assert not is_seen()
+        with closing(prepare(STOCK)) as stock:
+            assert torch.equal(forward_backward(model), forward_backward(stock))
+            assert_same_tensors(gradients(model), gradients(stock))
 
 
 def test_activations_that_were_written_to_are_recomputed() -> None:

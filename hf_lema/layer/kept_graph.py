@@ -117,6 +117,7 @@ class LentMemory(SavingHooks):
     """
 
     def __init__(self, lent: Sequence[torch.Tensor]) -> None:
+        super().__init__()
         # By the identity of the storage: tensors without data, of which a plan counts the bytes, have no address.
         self._first_in: dict[int, tuple[int, int]] = {}
         self._num_lent = len(lent)
@@ -139,6 +140,7 @@ class LentMemory(SavingHooks):
 
     def pack(self, tensor: torch.Tensor) -> _Place | _Held:
         """A place in lent memory, or the tensor where it lies elsewhere."""
+        self.num_packed += 1
         found = self._first_in.get(tensor.untyped_storage()._cdata)
         if found is None:
             # Without its history: a node that holds its own output would never be freed.
