@@ -363,7 +363,8 @@ def test_kept_layers_change_no_number_take_the_memory_of_their_graphs_and_start_
     assert_same_run(runs[NUM_LAYERS], runs[0])
     graph_bytes = (held[NUM_LAYERS] - held[0]) / NUM_LAYERS
     assert graph_bytes > 10 * rows["input_ids"].numel() * 1024 * 2  # far more than the hidden states
-    assert abs(held[2] - held[0] - 2 * graph_bytes) <= 0.05 * graph_bytes
+    # The first layer's graph is smaller: nothing leads to its input.
+    assert 2 * graph_bytes <= held[2] - held[0] <= 2.3 * graph_bytes
     assert 0.8 * whole_bytes <= held[NUM_LAYERS] <= 1.1 * whole_bytes
     assert abs(kernels[2][0] - kernels[0][0]) <= 4
     saved = kernels[0][1] - kernels[2][1]
