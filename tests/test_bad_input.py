@@ -48,7 +48,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lema import LemaConfig, LemaModelWrapper, get_streamer
+from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
 from hf_lema.runtime.schedule import Direction
 
 pytestmark = pytest.mark.integration
@@ -709,7 +709,8 @@ def test_training_goes_on_right_after_an_interrupt_while_waiting_for_a_layer() -
 
 
 @pytest.mark.timeout(120)
-def test_training_goes_on_right_after_interrupts_at_any_moment() -> None:
+@pytest.mark.parametrize("kept_layers", [(), (1, 3)], ids=["recomputed", "kept"])
+def test_training_goes_on_right_after_interrupts_at_any_moment(kept_layers: tuple[int, ...]) -> None:
     resident = prepare(STOCK)
     enable_checkpointing(resident)
     rows = batch()
@@ -722,7 +723,8 @@ def test_training_goes_on_right_after_interrupts_at_any_moment() -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    with closing(prepare(WRAP_THEN_PEFT)) as model:
+    config = LemaConfig(choices=StepChoices(kept_layers=kept_layers))
+    with closing(prepare(WRAP_THEN_PEFT, config=config)) as model:
         old = signal.signal(signal.SIGALRM, interrupt)
         try:
             for i in range(25):
