@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -31,6 +32,7 @@ from models import (
     train,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
 from hf_lema.layer.kept_graph import KeptGraph, KeptLayers, LentMemory
@@ -264,6 +266,17 @@ def test_self_check_counts_kept_visits_and_unwrap_gives_the_model_back() -> None
         with closing(prepare(STOCK)) as stock:
             assert torch.equal(forward_backward(model), forward_backward(stock))
             assert_same_tensors(gradients(model), gradients(stock))
+
+
+def test_a_checkpoint_inside_a_kept_layer_finds_what_it_found_in_the_forward() -> None:
+    results = []
+    for layers in ((), ALL):
+        config = LemaConfig(choices=keeping(*layers))
+        with closing(prepare(WRAP_THEN_PEFT, build(dtype=torch.bfloat16), lora("llama"), config=config)) as model:
+            for layer in model.get_base_model().model.layers:
+                layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+            results.append(steps(model, autocast=True))
+    assert_same_tensors(results[1], results[0])
 
 
 # ---- that it is done ----

@@ -272,15 +272,18 @@ class ProxyState:
                 registry[name] = stand_in
             yield
         finally:
-            for registry, name, original in entries:
-                registry[name] = original
-            del self._journal[begin : begin + len(entries)]
+            self._undo_swaps(begin)  # also of a block inside this one whose clean-up an interrupt has cut off
 
     def undo_interrupted_swaps(self) -> None:
         """Puts back what an interrupt in the middle of `swapped`'s own clean-up has left. No visit is under way."""
-        while self._journal:
-            registry, name, original = self._journal.pop()
+        self._undo_swaps(0)
+
+    def _undo_swaps(self, begin: int) -> None:
+        """Registers again what was swapped since the journal had so many entries, the last first."""
+        while len(self._journal) > begin:
+            registry, name, original = self._journal[-1]
             registry[name] = original
+            self._journal.pop()
 
     def reconcile(self) -> None:
         """Takes over what was done to the layer since its last visit.
