@@ -102,8 +102,12 @@ class Rehearsal:
         micro_batch_size: int,
         tile_tokens: int = 0,
         forward_micro_batch_size: int = 0,
+        is_kept: bool = False,
     ) -> PartCost:
-        """A training visit of a streamed layer, cut as `StepChoices` says; the layer's weights are not counted."""
+        """A training visit of a streamed layer, cut as `StepChoices` says; the layer's weights are not counted.
+
+        Its activations stay from forward to backward, or it recomputes them.
+        """
         layer = self._layers[layer_idx]
         stage = _BareLayer(layer_idx, layer, behaving(type(layer).forward, self._behaviour))
 
@@ -122,7 +126,7 @@ class Rehearsal:
             outputs = Recompute.apply(visit, hidden, *(p for *_, p in own))  # type: ignore[no-untyped-call]
             return visit.rebuild(outputs)
 
-        how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size)
+        how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size, is_kept)
         # A tile is computed again inside the backward, by a call of the part of the layer that it passes.
         parts = layer.children() if tile_tokens else ()
         with changed((part.__dict__, "forward", behaving(part.forward, self._behaviour)) for part in parts):
