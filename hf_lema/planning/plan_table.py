@@ -264,6 +264,7 @@ def plan_as_dict(plan: MemoryPlan) -> dict[str, Any]:
         "host_group_bytes": plan.host_group_bytes,
         "tokens_per_s": plan.tokens_per_s,
         "step_s": plan.time.step_s,
+        "num_recomputed": len(plan.recomputed_layers),
         "is_bound_by_compute": plan.time.is_bound_by_compute,
     }
 

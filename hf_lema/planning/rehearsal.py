@@ -122,7 +122,7 @@ class Rehearsal:
             tiles = TokenTiles(tile_tokens, is_verified=True)
             cut = MicroBatches(micro_batch_size, is_verified=True, forward_micro_batch_size=forward_micro_batch_size)
             options = VisitOptions(cut, tiles, Boundaries(_CPU, len(self._layers)), LORA_INPUT_CASTS)
-            visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size)
+            visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size, is_kept)
             outputs = Recompute.apply(visit, hidden, *(p for *_, p in own))  # type: ignore[no-untyped-call]
             return visit.rebuild(outputs)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -252,30 +254,25 @@ class StepCost:
     def _kept_visits(self, micro_batch_size: int) -> VisitCosts:
         """Visits in micro-batches, both ways, whose activations stay for the backward.
 
-        Of more than three pieces, two and three are rehearsed: each further one takes what the third takes.
+        Two pieces are rehearsed. Each further one is taken to keep as much as each of these, the casts of adapters
+        included, which are made once for all: so a plan of many pieces says a little more than they take.
         """
         size = micro_batch_size if micro_batch_size < self.batch_size else 0
         num_pieces = -(-self.batch_size // micro_batch_size)
-
-        def visits(num_rehearsed: int) -> VisitCosts:
-            costs = [
-                self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, is_kept=True)
-                for i in range(self.num_layers)
-            ]
-            starts = num_pieces / -(-num_rehearsed // micro_batch_size)
-            return self._visits(costs, num_rehearsed, starts, starts)
-
-        if num_pieces <= 3:
-            return visits(self.batch_size)
-        two, three = visits(2 * micro_batch_size), visits(3 * micro_batch_size)
-        more = self.batch_size - 3 * micro_batch_size
-
-        def grown(name: str) -> tuple[int, ...]:
-            pairs = zip(getattr(two, name), getattr(three, name), strict=True)
-            return tuple(third + (third - second) * more // micro_batch_size for second, third in pairs)
-
-        names = ("kept_bytes", "forward_peak_bytes", "backward_peak_bytes")
-        return replace(three, **{name: grown(name) for name in names})
+        num_rehearsed = min(2 * micro_batch_size, self.batch_size)
+        costs = [
+            self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, is_kept=True)
+            for i in range(self.num_layers)
+        ]
+        starts = num_pieces / -(-num_rehearsed // micro_batch_size)
+        visits = self._visits(costs, num_rehearsed, starts, starts)
+        more = self.batch_size / num_rehearsed - 1  # outputs of the whole batch are counted already
+        graphs = [math.ceil(more * (cost.forward.kept_bytes - cost.output_bytes)) for cost in costs]
+        return replace(
+            visits,
+            kept_bytes=tuple(map(operator.add, visits.kept_bytes, graphs)),
+            forward_peak_bytes=tuple(map(operator.add, visits.forward_peak_bytes, graphs)),
+        )
 
     def stock_visits(self, is_checkpointed: bool) -> VisitCosts:
         """Visits of stock PEFT, the whole batch at once."""
