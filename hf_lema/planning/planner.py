@@ -43,7 +43,7 @@ MAX_PIECES_AT_ONCE = 8
 MIN_FORWARD_GAIN = 1.03
 """A forward in micro-batches that takes less than so many times the whole batch's gains nothing from larger pieces."""
 
-KEPT = (*range(9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
+KEPT = (*range(33), 40, 48, 56, 64, 80, 96)
 """How many layers may keep their activations, beside all that train."""
 
 KEPT_GAPS = 0.1
@@ -217,6 +217,7 @@ class _Search:
         self._ram_bytes = self._ram_budget_bytes()
         self._file_layers = self._choose_file_layers() if options.file_layers is None else options.file_layers
         self._transfers = functools.cache(self._num_transfers)
+        self._plan = functools.cache(self._new_plan)
         self._num_trained = cost.num_layers - cost.lowest
         if (options.num_kept or 0) > self._num_trained:
             raise ValueError(f"num_kept is {options.num_kept}, but only {self._num_trained} layers have a backward")
@@ -224,8 +225,8 @@ class _Search:
     def best(self) -> MemoryPlan:
         """The plan within the budgets; see `plan_memory`.
 
-        Smaller micro-batches only start more kernels: once computing alone, with as many layers kept as the budget
-        could hold, takes longer than a plan that would do, those that are left are not looked at.
+        Smaller micro-batches only start more kernels: once what they may reach at best takes longer than a plan that
+        would do, those that are left are not looked at.
         """
         budget_bytes = self._vram_budget_bytes()
         bare: list[MemoryPlan] = []
@@ -237,14 +238,21 @@ class _Search:
             if budget_bytes is None:
                 fastest_s = min((plan.time.step_s for plan in bare), default=float("inf"))
                 found = [plan for plan in bare if plan.time.step_s <= MAX_MIN_SLOWDOWN * fastest_s]
-                enough_s = MAX_MIN_SLOWDOWN * fastest_s
+                if min(plan.time.computing_s for _, plan in ways) > MAX_MIN_SLOWDOWN * fastest_s:
+                    break
             else:
                 for choice, plan in in_ram:
                     if plan.vram_bytes <= budget_bytes:
                         found += self._filled(choice, budget_bytes)
-                enough_s = min((plan.time.step_s for plan in found), default=float("inf"))
-            if self._least_computing_s(ways, budget_bytes) > enough_s:
-                break
+                # Of the whole batch a visit may take longer than in pieces, of which some casts are left out.
+                is_cut = micro_batch_size < self._cost.batch_size
+                if (
+                    found
+                    and is_cut
+                    and self._least_s([choice for choice, _ in ways], budget_bytes)
+                    >= min(plan.time.step_s for plan in found)
+                ):
+                    break
         if not bare:
             raise ValueError(self._ram_message())
         if not found:
@@ -310,9 +318,7 @@ class _Search:
             spare_bytes = budget_bytes - self._taken_bytes(self._plan(choice, 0, num_kept))
             if spare_bytes < 0:
                 break
-            num_resident = min(spare_bytes // max(1, self._slot_bytes), len(self._layers))
-            if self._options.num_resident is not None:
-                num_resident = min(num_resident, self._options.num_resident)
+            num_resident = self._num_fitting(spare_bytes)
             # What is packed to 4 bits must not move while activations are kept.
             if not num_kept or not self._cost.options.is_packed or num_resident == len(self._layers):
                 yield self._plan(choice, num_resident, num_kept)
@@ -347,27 +353,24 @@ class _Search:
         )
         return visits.with_last(self._cost.kept_visits(choice.micro_batch_size), num_kept) if num_kept else visits
 
-    def _least_computing_s(self, ways: Sequence[tuple[_Choice, MemoryPlan]], budget_bytes: int | None) -> float:
-        """What computing takes with such micro-batches or smaller ones, at least: with as many layers kept as may fit.
+    def _least_s(self, ways: Sequence[_Choice], budget_bytes: int) -> float:
+        """What a step takes with such micro-batches or smaller ones, at least.
 
-        Beside them the loss must fit, which no micro-batch makes smaller.
+        Smaller ones shorten nothing, and take no less for kept activations and the loss, beside which layers stay.
         """
-        bare_s = [plan.time.computing_s for _, plan in ways]
-        is_fixed = self._options.num_kept is not None
-        floor_bytes = min(plan.always_bytes + plan.phases[-2].nbytes for _, plan in ways)
-        if budget_bytes is None or is_fixed or budget_bytes <= floor_bytes:
-            return min(bare_s)
-        kept = self._cost.kept_visits(ways[0][0].micro_batch_size)
-        graph_bytes = min(whole - out for whole, out in zip(kept.kept_bytes, kept.output_bytes, strict=True))
-        num_kept = int((budget_bytes - floor_bytes) / ((1 + KEPT_GAPS) * max(1, graph_bytes)))
-        num_kept = min(num_kept, self._num_trained)
-        least_s = []
-        for (way, _), computing_s in zip(ways, bare_s, strict=True):
-            if not way.tile_tokens:
-                bare, most = self._visits(way, 0), self._visits(way, num_kept)
-                computing_s -= bare.forward_s + bare.backward_s - most.forward_s - most.backward_s
-            least_s.append(computing_s)
-        return min(least_s)
+        least_s = float("inf")
+        for choice, num_kept in ((way, n) for way in ways for n in self._kept_numbers(way)):
+            plan = self._plan(choice, 0, num_kept)
+            loss = plan.phases[-2]
+            spare_bytes = budget_bytes - plan.always_bytes - loss.nbytes - int(KEPT_GAPS * loss.kept_bytes)
+            if spare_bytes >= 0:
+                least_s = min(least_s, self._plan(choice, self._num_fitting(spare_bytes), num_kept).time.step_s)
+        return least_s
+
+    def _num_fitting(self, spare_bytes: int) -> int:
+        """Resident layers for which there is room."""
+        most = len(self._layers) if self._options.num_resident is None else self._options.num_resident
+        return min(spare_bytes // max(1, self._slot_bytes), len(self._layers), most)
 
     def _with_free_kept(self, plan: MemoryPlan) -> MemoryPlan:
         """The same plan with as many kept layers as take no more VRAM and make it faster."""
@@ -439,7 +442,7 @@ class _Search:
 
     # ---- one plan ----
 
-    def _plan(self, choice: _Choice, num_resident: int, num_kept: int) -> MemoryPlan:
+    def _new_plan(self, choice: _Choice, num_resident: int, num_kept: int) -> MemoryPlan:
         cost, tensors = self._cost, self._cost.tensors
         visits = self._visits(choice, num_kept)
         ends = self._ends(choice)
