@@ -683,6 +683,8 @@ def test_wrong_numbers_and_names_are_refused() -> None:
         plan_memory(SMALL, batch_size=0, seq_len=16)
     with pytest.raises(ValueError, match="quantization"):
         PlanOptions(quantization="int3")
+    with pytest.raises(ValueError, match="num_kept"):
+        PlanOptions(num_kept=-1)
     with pytest.raises(ValueError, match=r"no data-sheet rates for 'Voodoo'.*P100"):
         find_rates("Voodoo")
     assert find_rates("rtx-4090") is DATA_SHEETS["RTX 4090"]

@@ -78,6 +78,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4"):
             raise ValueError(f'quantization is {self.quantization!r}, expected None or "nf4"')
+        if self.num_kept is not None and self.num_kept < 0:
+            raise ValueError(f"num_kept is {self.num_kept}, expected None or a number of layers")
         object.__setattr__(self, "launch", replace(self.launch, num_processes=self.num_processes))
 
     @property
