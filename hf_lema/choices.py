@@ -23,9 +23,12 @@ class StepChoices:
         boundaries_in_ram: Whether the inputs of layers wait for the backward in host memory.
         outside_in_ram: Whether embedding and head lie in host memory.
         resident_layers: Layers whose weights stay on the device.
+        kept_layers: Layers whose activations stay on the device from the forward to the backward instead of being
+            recomputed. Those that compute in tiles are recomputed in any case, and those in 4 bits unless they are
+            resident; a forward of the others computes on one micro-batch at a time.
 
     Raises:
-        ValueError: A size is negative or no whole number.
+        ValueError: A size is negative or no whole number, or a kept layer is no index or is given twice.
     """
 
     micro_batch_size: int = 0
@@ -34,12 +37,17 @@ class StepChoices:
     boundaries_in_ram: bool = False
     outside_in_ram: bool = False
     resident_layers: tuple[int, ...] = ()
+    kept_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "forward_micro_batch_size", "tile_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number, 0 for no cut, got {value!r}")
+        kept = tuple(self.kept_layers)  # from JSON it is a list
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in kept) or len(set(kept)) < len(kept):
+            raise ValueError(f"kept_layers must be indices of layers, each once, got {self.kept_layers!r}")
+        object.__setattr__(self, "kept_layers", kept)
 
 
 @runtime_checkable

@@ -361,7 +361,14 @@ class _Runtime:
         )
 
     def apply(self, choices: StepChoices) -> None:
-        """Runs steps in this way from now on. Only between steps."""
+        """Runs steps in this way from now on. Only between steps.
+
+        Raises:
+            ValueError: A kept or resident layer does not exist.
+        """
+        unknown = [i for i in choices.kept_layers if i >= len(self.layers)]
+        if unknown:
+            raise ValueError(f"kept_layers {unknown} do not exist; the model has {len(self.layers)} layers")
         self.options.micro_batches.micro_batch_size = choices.micro_batch_size
         self.options.micro_batches.forward_micro_batch_size = choices.forward_micro_batch_size
         self.options.tiles.tile_tokens = choices.tile_tokens
@@ -371,6 +378,21 @@ class _Runtime:
         else:
             self.outside.move_to_device()
         self.streamer.set_resident(choices.resident_layers)
+        self.options.kept.layers = frozenset(choices.kept_layers)
+
+    def apply_given(self, choices: StepChoices) -> None:
+        """The same for choices that a user has made.
+
+        Raises:
+            ValueError: A layer does not exist, or cannot be run so.
+        """
+        packed = [i for i in choices.kept_layers if i < len(self.layers) and self.layers[i].is_packed]
+        if moving := [i for i in packed if i not in choices.resident_layers]:
+            raise ValueError(
+                f"kept_layers {moving} are in 4 bits and streamed: bitsandbytes would compute their gradients from "
+                "whatever their slots hold by then. Name them in resident_layers too, or do not keep them"
+            )
+        self.apply(choices)
 
     @property
     def choices(self) -> StepChoices:
@@ -382,6 +404,7 @@ class _Runtime:
             boundaries_in_ram=self.options.boundaries.in_use,
             outside_in_ram=self.outside.on_host,
             resident_layers=self.streamer.resident_layers,
+            kept_layers=tuple(sorted(self.options.kept.layers)),
         )
 
     def start_budget(self) -> None:
@@ -398,7 +421,7 @@ class _Runtime:
             self.config, self.streamer, other_bytes, self.outside.nbytes, self._plan, self.apply, given
         )
         if isinstance(choices, StepChoices):
-            self.apply(choices)
+            self.apply_given(choices)
             return
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
@@ -530,10 +553,11 @@ def apply_choices(model: nn.Module, choices: StepChoices) -> None:
         choices: The way.
 
     Raises:
-        ValueError: The model is not wrapped, or a resident layer does not exist.
+        ValueError: The model is not wrapped, a resident or kept layer does not exist, or a kept one is streamed in 4
+            bits.
     """
     get_streamer(model)
-    _runtime_of(_find_wrapped(model)).apply(choices)
+    _runtime_of(_find_wrapped(model)).apply_given(choices)
 
 
 def find_choices(model: nn.Module) -> StepChoices:

@@ -19,7 +19,7 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ LEMA: dict[str, tuple[StepChoices, bool]] = {
     "lema-2": (StepChoices(micro_batch_size=2), False),
     "lema-2-whole": (StepChoices(micro_batch_size=2, forward_micro_batch_size=8), False),
     "lema-ram-4": (StepChoices(micro_batch_size=4, boundaries_in_ram=True, outside_in_ram=True), False),
+    "lema-kept": (StepChoices(), False),
+    "lema-kept-4": (StepChoices(micro_batch_size=4), False),
     "lema-nf4": (StepChoices(), True),
     "lema-nf4-4": (StepChoices(micro_batch_size=4), True),
 }
 """Streamed rows: how they run, and whether their linears are in 4 bits. The number is the micro-batch, of 8 sequences;
-"whole" is a forward on all of them."""
+"whole" is a forward on all of them, "kept" keeps the activations of every layer."""
 ROWS = (PEFT, QLORA, *LEMA)
 
 
@@ -101,6 +103,8 @@ def build(row: str, num_layers: int, lora_dropout: float, folder: Path) -> nn.Mo
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     else:
         choices, is_packed = LEMA[row]
+        if "kept" in row:
+            choices = replace(choices, kept_layers=tuple(range(num_layers)))
         config = LemaConfig(choices=choices, ram_budget="auto", quantization="nf4" if is_packed else None)
         model = LemaModelWrapper.from_pretrained(checkpoint, config, dtype=torch.bfloat16, device="cpu")
     return adapted(model, row, lora_dropout)

@@ -137,7 +137,7 @@ def _choices(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     if options.get("choices") is not None:
         return dict(json.loads(options["choices"]))
     if "chosen_micro_batch_size" in record:
-        return {name: record[f"chosen_{name}"] for name in CHOICES}
+        return {name: record[f"chosen_{name}"] for name in CHOICES} | {"num_kept": record.get("chosen_num_kept", 0)}
     chosen = CHOSEN.get(record.get("name", ""), {})
     return {"micro_batch_size": _micro_batch_size(path, record)} | chosen
 
@@ -165,6 +165,7 @@ def _planned(path: Path, record: dict[str, Any]) -> MemoryPlan:
         boundaries="ram" if choices.get("boundaries_in_ram") else "vram",
         embedding_and_head="ram" if choices.get("outside_in_ram") else "vram",
         num_resident=record["num_resident"],
+        num_kept=choices.get("num_kept", len(choices.get("kept_layers", ()))),
     )
     return best_plan(cost, config, fixed)
 

@@ -33,7 +33,8 @@ def streamer_details(model: nn.Module) -> dict[str, Any]:
     streamer = get_streamer(model)
     stats = {f"total_{name}": value for name, value in dataclasses.asdict(streamer.stats()).items()}
     chosen = {f"chosen_{name}": value for name, value in dataclasses.asdict(find_choices(model)).items()}
-    chosen["chosen_num_resident"] = len(chosen.pop("chosen_resident_layers"))
+    for name in ("resident", "kept"):
+        chosen[f"chosen_num_{name}"] = len(chosen.pop(f"chosen_{name}_layers"))
     return (
         stats
         | chosen

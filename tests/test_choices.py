@@ -225,7 +225,9 @@ def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
         runtime.config = replace(runtime.config, micro_batch_size=3)  # what a user states is no choice any more
         assert {runtime._plan(4, 16, budget).micro_batch_size for budget in (None, 2**30)} == {3}
         runtime.config = replace(runtime.config, micro_batch_size=0)
-        assert runtime._plan(4, 16, 2**30) == StepChoices(resident_layers=tuple(range(NUM_LAYERS)))
+        every = tuple(range(NUM_LAYERS))
+        kept = () if quantization else every  # layers in 4 bits recompute
+        assert runtime._plan(4, 16, 2**30) == StepChoices(resident_layers=every, kept_layers=kept)
         with pytest.raises(ValueError, match="least that works"):
             runtime._plan(4, 16, 2**20)
         assert torch.equal(torch.get_rng_state(), before)

@@ -37,6 +37,7 @@ from models import (
 from torch import nn
 
 from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
+from hf_lema.planning.meter import ByteMeter
 from hf_lema.runtime.host_memory import HostBuffer
 from hf_lema.runtime.numa import near_current_card, node_of_card
 
@@ -315,6 +316,59 @@ def test_peak_is_below_that_of_the_resident_model_by_the_layers_that_are_not_the
                 saved_bytes = (12 - streamer.num_slots) * streamer.layer_bytes
         del model
     assert peaks[STOCK] - peaks[WRAP_THEN_PEFT] >= 0.95 * saved_bytes
+
+
+def test_kept_layers_change_no_number_take_the_memory_of_their_graphs_and_start_fewer_kernels(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "num_key_value_heads": 8}
+    rows = batch(4, 64, device="cuda")
+
+    def forward(model: Any) -> torch.Tensor:
+        torch.manual_seed(3)
+        with torch.autocast("cuda", dtype=torch.float16):
+            return model(**rows).loss
+
+    def held_bytes(model: Any) -> int:
+        """What a forward leaves on the device for its backward."""
+        forward(model).backward()  # of a kept layer, the first visit is compared with a recompute
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        loss = forward(model)
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        model.zero_grad()
+        return held
+
+    def num_kernels(model: Any) -> tuple[int, int]:
+        meter = ByteMeter(lambda _: False)
+        with meter.measured() as forwards:
+            loss = forward(model)
+        with meter.measured() as backwards:
+            loss.backward()
+        model.zero_grad()
+        counts = [sum(kernel.count for kernel in part[0].work) for part in (forwards, backwards)]
+        return counts[0], counts[1]
+
+    with closing(on_gpu(STOCK, big(**shape))) as stock:
+        whole_bytes = held_bytes(stock)
+    runs, held, kernels = {}, {}, {}
+    for num_kept in (0, 2, NUM_LAYERS):
+        config = LemaConfig(choices=StepChoices(kept_layers=tuple(range(NUM_LAYERS))[NUM_LAYERS - num_kept :]))
+        with closing(on_gpu(WRAP_THEN_PEFT, big(**shape), config=config)) as model, warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".* is recomputed instead of kept")
+            held[num_kept] = held_bytes(model)
+            kernels[num_kept] = num_kernels(model)
+        with closing(on_gpu(WRAP_THEN_PEFT, big(**shape), config=config)) as model:
+            runs[num_kept] = train(model, tmp_path, fp16=True, max_steps=8, gradient_accumulation_steps=2)
+    assert_same_run(runs[2], runs[0])
+    assert_same_run(runs[NUM_LAYERS], runs[0])
+    graph_bytes = (held[NUM_LAYERS] - held[0]) / NUM_LAYERS
+    assert graph_bytes > 10 * rows["input_ids"].numel() * 1024 * 2  # far more than the hidden states
+    # The first layer's graph is smaller: nothing leads to its input.
+    assert 2 * graph_bytes <= held[2] - held[0] <= 2.3 * graph_bytes
+    assert 0.8 * whole_bytes <= held[NUM_LAYERS] <= 1.1 * whole_bytes
+    assert abs(kernels[2][0] - kernels[0][0]) <= 4
+    saved = kernels[0][1] - kernels[2][1]
+    assert saved >= 2 * 0.8 * kernels[0][0] / (NUM_LAYERS + 1)
 
 
 @pytest.mark.parametrize("budget", ["auto", "five layers"])

@@ -24,6 +24,7 @@ HOT_MODULES = (
     "layer/layer_proxy",
     "layer/boundaries",
     "layer/joint_casts",
+    "layer/kept_graph",
     "layer/piece_draws",
 )
 
@@ -46,8 +47,11 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("runtime/slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
     ("runtime/prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
     ("runtime/streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
-    ("layer/recompute", "Visit.gradients", "torch.cat"): "the gradient that a cut visit hands on, once a visit",
-    ("layer/recompute", "Visit.gradients", "torch.zeros_like"): "where nothing leads to a piece's input",
+    ("layer/recompute", "Visit._joined", "torch.cat"): "the gradient that a cut visit hands on, once a visit",
+    ("layer/recompute", "Visit.run_kept", "torch.cat"): "the output that a cut visit hands on, once a visit",
+    ("layer/recompute", "_with_hidden", "torch.zeros_like"): "where nothing leads to a piece's input",
+    ("layer/replay", "_Saving.is_in_force", "torch.zeros"): "only after an interrupt",
+    ("layer/layer_proxy", "ProxyState.copied", "clone"): "once for each kept layer, at its first visit",
     ("layer/joint_casts", "JointCasts.__init__", "torch.empty_like"): "casts, which autocast would make one by one",
     ("layer/joint_casts", "JointCasts.joined", "torch.empty_like"): "gradients, which autograd would make one by one",
     ("layer/piece_draws", "PieceDraws._draw", "torch.empty_like"): "what dropout would allocate too",

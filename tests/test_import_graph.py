@@ -51,6 +51,7 @@ ROOMS: dict[str, set[str]] = {
     "layer/token_tiles": {"torch"},
     "layer/piece_draws": {"torch"},
     "layer/joint_casts": {"torch"},
+    "layer/kept_graph": {"torch"},
     "layer/boundaries": {"torch"},
     "layer/recompute": {"torch"},
     "layer/self_check": {"torch"},

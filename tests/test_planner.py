@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
-from hf_lema import LemaConfig, get_streamer
+from hf_lema import LemaConfig, StepChoices, get_streamer
 from hf_lema.planning import plan_table, rehearsal
 from hf_lema.planning.blueprint import draw, nf4_bytes, packed_weights, sort_tensors
 from hf_lema.planning.data_parallel import Launch
@@ -33,11 +33,12 @@ from hf_lema.planning.plan_table import (
     format_plans,
     plan_as_dict,
 )
-from hf_lema.planning.planner import TILE_TOKENS, best_plan, plan_memory, plan_stock, stock_plan
+from hf_lema.planning.planner import KEPT_GAPS, TILE_TOKENS, best_plan, plan_memory, plan_stock, stock_plan
 from hf_lema.planning.rehearsal import Rehearsal
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.host_store import RamStore
 from hf_lema.units import GIB, MIB
+from hf_lema.wrapper import apply_choices
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MAX_VRAM_ERROR = 0.01
@@ -222,6 +223,8 @@ def part_costs(lm: Any, precision: torch.dtype | None) -> dict[str, Any]:
         "streamed": rehearsed.streamed_visit(1, 4, 24, 0),
         "cut": rehearsed.streamed_visit(1, 4, 24, 2),
         "cut backward": rehearsed.streamed_visit(1, 4, 24, 2, 0, 4),
+        "kept": rehearsed.streamed_visit(1, 4, 24, 0, is_kept=True),
+        "kept, cut": rehearsed.streamed_visit(1, 4, 24, 2, is_kept=True),
         "checkpointed": rehearsed.stock_visit(1, 4, 24, True),
         "plain": rehearsed.stock_visit(1, 4, 24, False),
         "loss": rehearsed.ends(4, 24, False),
@@ -253,6 +256,10 @@ def test_fake_run_counts_what_a_real_run_counts(precision: torch.dtype | None, m
     assert fake["cut backward"].backward.peak_bytes < fake["cut"].backward.peak_bytes  # it keeps no masks
     assert num_kernels(fake["cut backward"].forward) < 0.8 * num_kernels(fake["cut"].forward)
     assert fake["chunked loss"].forward.kept_bytes < fake["loss"].forward.kept_bytes
+    graph_bytes = fake["plain"].forward.kept_bytes
+    assert graph_bytes <= fake["kept"].forward.kept_bytes < 1.05 * graph_bytes, "what stock PEFT keeps"
+    assert fake["kept"].backward.peak_bytes < fake["streamed"].backward.peak_bytes - graph_bytes // 2
+    assert num_kernels(fake["kept"].backward) < 0.8 * num_kernels(fake["streamed"].backward)
 
 
 def num_kernels(measure: rehearsal.Measure) -> int:
@@ -261,6 +268,44 @@ def num_kernels(measure: rehearsal.Measure) -> int:
 
 def _bytes_of(cost: rehearsal.PartCost) -> list[tuple[int, int]]:
     return [(measure.peak_bytes, measure.kept_bytes) for measure in (cost.forward, cost.backward)]
+
+
+def test_kept_activations_of_many_pieces_are_planned_from_two_and_never_as_less(small_cost: StepCost) -> None:
+    rehearsed = small_cost._rehearsal
+    counted = rehearsed.streamed_visit(7, 4, 64, 1, is_kept=True)
+    planned = small_cost.kept_visits(1)
+
+    for part, name in ((counted.forward.kept_bytes, "kept_bytes"), (counted.forward.peak_bytes, "forward_peak_bytes")):
+        assert part <= getattr(planned, name)[7] < 1.03 * part
+    assert counted.backward.peak_bytes <= planned.backward_peak_bytes[7] <= counted.backward.peak_bytes + 2**18
+    work_s = small_cost.rates.compute_s(counted.forward.work)
+    assert planned.forward_times_s[7] == pytest.approx(work_s, rel=0.02)
+
+
+@pytest.mark.integration
+def test_what_kept_layers_add_to_a_plan_is_what_they_hold_at_the_loss() -> None:
+    """Counted on a wrapped model, whose weights move from slot to slot."""
+    model = prepare(WRAP_THEN_PEFT, build(), lora(lora_dropout=0.0), config=LemaConfig(vram_budget="min"))
+    fixed = dataclasses.replace(PLENTY, boundaries="vram", embedding_and_head="vram")
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    held, planned = [], []
+    for num_kept in (0, 3):
+        apply_choices(model, StepChoices(kept_layers=tuple(range(4 - num_kept, 4))))
+        for _ in range(2):  # in its first visit a layer proves that it may
+            meter = ByteMeter(lambda tensor: tensor.dtype != torch.uint8)
+            with meter.measured() as measures:
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        held.append(measures[0].kept_bytes)
+        options = dataclasses.replace(fixed, num_kept=num_kept)
+        plan = plan_memory(model, LemaConfig(vram_budget="min"), batch_size=2, seq_len=16, options=options)
+        planned.append(next(phase for phase in plan.phases if phase.name == "loss"))
+        assert plan.choices.kept_layers == tuple(range(4 - num_kept, 4))
+    get_streamer(model).close()
+
+    assert planned[0].boundary_bytes == planned[1].boundary_bytes
+    assert planned[0].kept_bytes == 0
+    assert held[1] - held[0] == planned[1].kept_bytes
 
 
 def test_counting_follows_the_life_of_storages() -> None:
@@ -357,6 +402,97 @@ def test_larger_budget_never_plans_a_slower_step_and_no_plan_exceeds_its_budget(
     assert steps_s[-1] < steps_s[0]
     assert len({len(p.resident_layers) for p in plans}) > 4
     assert {p.boundaries for p in plans} == {"ram", "vram"}
+
+
+def test_larger_budget_is_spent_on_kept_layers_where_computing_takes_the_time(small_cost: StepCost) -> None:
+    fast = small_cost.at(
+        dataclasses.replace(SLOW_BUS, h2d_bytes_per_s=2e10, duplex_bytes_per_s=2e10, kernel_start_s=3e-5)
+    )
+    least = plan(fast, "min", boundaries="ram").vram_bytes
+    budgets = [least + 512 * 1024 * i for i in range(1, 72)]
+    plans = [plan(fast, budget) for budget in budgets]
+
+    assert all(p.vram_bytes <= budget for p, budget in zip(plans, budgets, strict=True))
+    steps_s = [p.time.step_s for p in plans]
+    assert steps_s == sorted(steps_s, reverse=True)
+    assert {len(p.kept_layers) for p in plans} == set(range(9))
+    assert all(p.kept_layers == tuple(range(8 - len(p.kept_layers), 8)) for p in plans)
+    assert all(p.recomputed_layers == tuple(range(8 - len(p.kept_layers))) for p in plans)
+    assert steps_s[-1] < 0.8 * steps_s[0], "a recompute is a third of the kernels"
+    assert plan(fast, budgets[-1], num_kept=0).time.step_s > steps_s[-1]
+
+
+def test_kept_layers_leave_room_for_gaps_and_for_copies_of_weights_in_their_first_visit(small_cost: StepCost) -> None:
+    fixed = {"micro_batch_size": 4, "boundaries": "vram", "embedding_and_head": "vram", "num_resident": 0}
+    kept = plan(small_cost, "min", num_kept=8, **fixed)
+    forward = kept.phases[0]
+    slot_bytes = kept.slots_bytes // 2
+    needed = kept.always_bytes + max(
+        forward.nbytes + int(KEPT_GAPS * forward.kept_bytes) + slot_bytes,
+        *(phase.nbytes + int(KEPT_GAPS * phase.kept_bytes) for phase in kept.phases[1:]),
+    )
+
+    assert needed > kept.vram_bytes
+    assert plan(small_cost, needed, num_kept=8, **fixed).vram_bytes == kept.vram_bytes
+    with pytest.raises(ValueError, match="the least that works is"):
+        plan(small_cost, needed - 1, num_kept=8, **fixed)
+
+
+def test_min_keeps_activations_only_where_they_take_nothing() -> None:
+    few_words = LlamaConfig(**(SMALL.to_dict() | {"vocab_size": 64}))  # so that the loss takes less than a layer
+    fixed = {"micro_batch_size": 2, "boundaries": "vram", "embedding_and_head": "vram"}
+
+    def planned(seq_len: int, num_kept: int | None) -> MemoryPlan:
+        return plan(costs[seq_len], "min", num_kept=num_kept, **fixed)
+
+    costs = {n: StepCost(few_words, 2, n, ADAPTER, DATA_SHEETS["A100"], PLENTY) for n in (512, 2048)}
+    # The last layer's graph is there in its backward in any case; its first forward is beside copies of its weights.
+    assert planned(2048, None).vram_bytes <= planned(2048, 0).vram_bytes < planned(2048, 2).vram_bytes
+    assert planned(2048, None).kept_layers == (7,)
+    assert planned(2048, None).time.step_s < planned(2048, 0).time.step_s
+    assert planned(512, None).kept_layers == ()
+
+
+def test_inputs_of_kept_layers_do_not_travel(small_cost: StepCost) -> None:
+    fixed = {"micro_batch_size": 4, "boundaries": "ram", "embedding_and_head": "vram"}
+    none, three = (plan(small_cost, "min", num_kept=n, **fixed) for n in (0, 3))
+    hidden_bytes = 4 * 64 * 256 * 2
+
+    assert none.host.boundary_bytes - three.host.boundary_bytes == 3 * hidden_bytes
+    assert none.h2d_bytes - three.h2d_bytes == 3 * hidden_bytes
+    loss = next(phase for phase in three.phases if phase.name == "loss")
+    graph_bytes = [
+        kept - out
+        for kept, out in zip(
+            small_cost.kept_visits(4).kept_bytes[5:], small_cost.kept_visits(4).output_bytes[5:], strict=True
+        )
+    ]
+    assert loss.kept_bytes == sum(graph_bytes)
+    assert loss.boundary_bytes == (2 + 1 + 3) * hidden_bytes, "a ring, the input of the first and every output"
+
+
+def test_four_bit_layers_are_kept_only_where_they_are_asked_for_and_all_resident() -> None:
+    options = dataclasses.replace(PLENTY, quantization="nf4", dtype=torch.float16)
+    cost = StepCost(SMALL, 4, 64, ADAPTER, DATA_SHEETS["A100"], options)
+    config = LemaConfig(vram_budget=4 * GIB)
+    asked = best_plan(cost, config, dataclasses.replace(options, num_kept=2))
+
+    assert best_plan(cost, config, options).kept_layers == ()
+    assert (asked.kept_layers, len(asked.resident_layers)) == ((6, 7), 8)
+    bare = best_plan(cost, LemaConfig(vram_budget="min"), dataclasses.replace(options, num_kept=2))
+    assert len(bare.resident_layers) == 8
+    with pytest.raises(ValueError, match="the least that works is"):
+        best_plan(cost, LemaConfig(vram_budget=bare.vram_bytes - 1), dataclasses.replace(options, num_kept=2))
+
+
+def test_more_kept_layers_than_train_are_refused() -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], layers_to_transform=[6, 7], task_type="CAUSAL_LM")
+    cost = StepCost(SMALL, 2, 64, config, SLOW_BUS, PLENTY)
+
+    both = plan(cost, 4 * GIB, num_kept=2)
+    assert (both.kept_layers, both.recomputed_layers) == ((6, 7), ())
+    with pytest.raises(ValueError, match="only 2 layers have a backward"):
+        plan(cost, 4 * GIB, num_kept=3)
 
 
 def test_impossible_budget_is_refused_with_the_smallest_that_works(small_cost: StepCost) -> None:
@@ -547,6 +683,8 @@ def test_wrong_numbers_and_names_are_refused() -> None:
         plan_memory(SMALL, batch_size=0, seq_len=16)
     with pytest.raises(ValueError, match="quantization"):
         PlanOptions(quantization="int3")
+    with pytest.raises(ValueError, match="num_kept"):
+        PlanOptions(num_kept=-1)
     with pytest.raises(ValueError, match=r"no data-sheet rates for 'Voodoo'.*P100"):
         find_rates("Voodoo")
     assert find_rates("rtx-4090") is DATA_SHEETS["RTX 4090"]
@@ -630,9 +768,23 @@ def test_table_names_every_place_that_memory_goes_and_adds_up(comparison: Any) -
         parts = [
             planned.slots_bytes, planned.resident_bytes, planned.embedding_bytes, planned.head_bytes,
             planned.other_bytes, planned.adapter_bytes, planned.optimizer_bytes, planned.workspace_bytes,
-            planned.peak.boundary_bytes, planned.peak.gradient_bytes, planned.peak.activation_bytes,
+            planned.peak.boundary_bytes, planned.peak.kept_bytes, planned.peak.gradient_bytes,
+            planned.peak.activation_bytes,
         ]  # fmt: skip
         assert planned.vram_bytes == sum(parts)
+
+
+def test_table_and_json_say_how_many_layers_are_recomputed(small_cost: StepCost) -> None:
+    def recompute(num_kept: int) -> str:
+        planned = plan(small_cost, 4 * GIB, num_kept=num_kept)
+        assert plan_as_dict(planned)["num_recomputed"] == 8 - num_kept
+        (row,) = [line for line in format_plans([planned]).splitlines() if line.startswith("recompute")]
+        return row.removeprefix("recompute").strip()
+
+    assert [recompute(n) for n in (0, 3, 8)] == ["8 of 8 layers", "5 of 8 layers", "off"]
+    unchecked = stock_plan(small_cost, is_checkpointed=False)
+    assert (len(unchecked.kept_layers), unchecked.recomputed_layers) == (8, ())
+    assert stock_plan(small_cost, is_checkpointed=True).recomputed_layers == tuple(range(8))
 
 
 def test_json_holds_the_same_figures(comparison: Any) -> None:

@@ -62,6 +62,8 @@ class Layer:
     """
 
     layer_idx = 5
+    is_kept = False  # set by `kept_and_recomputed`
+    stays = False
 
     def __init__(self, toy: Toy, micro_batch_size: int = 0) -> None:
         self.toy = self.layer = toy
@@ -105,6 +107,18 @@ class Layer:
         assert self.is_lent
         return self.toy.forward(*args, **kwargs)
 
+    def lent(self) -> list[torch.Tensor]:
+        assert self.is_lent
+        return [self.toy._parameters["frozen"]]  # type: ignore[list-item]
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        registry = self.toy._parameters
+        copy = nn.Parameter(self._at_home.clone(), requires_grad=False)
+        with self.swapped([(registry, "frozen", registry["frozen"])], [copy]):
+            yield
+        copy.data.fill_(torch.nan)
+
     def trainable(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
         return [
             (self.toy._parameters, n, p) for n, p in self.toy._parameters.items() if p is not None and p.requires_grad
@@ -114,8 +128,14 @@ class Layer:
         trainable = self.trainable()
         slots = [(registry, name) for registry, name, _ in trainable]
         hooks = ForwardHooks.capture(list(self.toy.modules())[1:])
-        visit = Visit(self, args, kwargs, slots, hooks, CPU, self.options, hidden.shape[0])
+        visit = Visit(self, args, kwargs, slots, hooks, CPU, self.options, hidden.shape[0], self.is_kept)
         return visit.rebuild(Recompute.apply(visit, hidden, *(p for _, _, p in trainable)))
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["recomputed", "kept"])
+def kept_and_recomputed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for visits that keep their graph too."""
+    monkeypatch.setattr(Layer, "is_kept", request.param)
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -293,7 +313,7 @@ def test_numerical_gradients_agree_in_float64(outputs: str) -> None:
     def call(hidden: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         slots = [(toy._parameters, name) for name in names]
         hooks = ForwardHooks.capture([])
-        visit = Visit(layer, (), {}, slots, hooks, CPU, layer.options, hidden.shape[0])  # type: ignore[arg-type]
+        visit = Visit(layer, (), {}, slots, hooks, CPU, layer.options, hidden.shape[0], layer.is_kept)  # type: ignore[arg-type]
         return tuple(tensors(visit.rebuild(Recompute.apply(visit, hidden, *values))))
 
     hidden = new_hidden(dtype=torch.float64)[:1, :2].detach().requires_grad_()
@@ -392,9 +412,8 @@ def test_a_layer_that_writes_to_its_hidden_states_is_refused_rather_than_wrong()
             return super().forward(hidden)
 
     hidden = new_hidden()
-    loss = loss_of(Layer(InPlace())(hidden * 1.0))
-    with pytest.raises(RuntimeError):
-        loss.backward()
+    with pytest.raises(RuntimeError, match=r"in-?place"):
+        loss_of(Layer(InPlace())(hidden * 1.0)).backward()
 
 
 def test_a_partial_gradient_can_be_asked_for() -> None:
@@ -457,8 +476,11 @@ def test_hooks_of_a_trainable_fire_once_with_the_whole_gradient() -> None:
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_an_exception_in_the_layer_leaves_its_own_parameters_registered(when: str) -> None:
     class Breaks(Toy):
+        num_calls = 0
+
         def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if (when == "backward") == torch.is_grad_enabled():
+            self.num_calls += 1
+            if self.num_calls == ("forward", "backward").index(when) + 1:  # a first kept visit is recomputed too
                 raise KeyboardInterrupt
             return super().forward(hidden)
 

@@ -492,3 +492,85 @@ def test_a_model_that_cannot_be_planned_is_not_planned_for_ever(card: FakeCard) 
     with pytest.warns(UserWarning, match="more than the budget"):
         train(budget, num_steps=3)
     assert planner.applied == [WHOLE, WHOLE]
+
+
+# ---- kept activations ----
+
+KEEPS_SIX, KEEPS_TWO = (StepChoices(kept_layers=tuple(range(32 - n, 32)), resident_layers=(3, 9)) for n in (6, 2))
+
+
+def planner_of_kept(streamer: FakeStreamer) -> FakePlanner:
+    return FakePlanner(streamer, {7 * GIB: KEEPS_SIX, 5 * GIB: KEEPS_TWO, 3 * GIB: WHOLE})
+
+
+def without_residents(choices: StepChoices) -> StepChoices:
+    return replace(choices, resident_layers=())
+
+
+def test_layers_keep_activations_from_the_first_step_and_residents_fill_what_is_measured(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_kept(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="8GiB")
+    card.reserved_bytes = 7 * GIB
+    train(budget)
+    assert planner.applied == [without_residents(KEEPS_SIX)]
+    train(budget, num_steps=4)
+    assert planner.applied[1:] == [replace(KEEPS_SIX, resident_layers=streamer.resident_layers)]
+    assert len(streamer.resident_layers) == GIB // (400 * MIB)
+
+
+def test_what_only_the_first_kept_visits_take_is_not_measured(card: FakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_kept(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="8GiB")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(card, "reserved_bytes", 4 * GIB))
+    for needed_bytes in (8 * GIB, 6 * GIB, 6 * GIB, 6 * GIB):  # copies of weights in the first step
+        budget.before_training_step(8, 512)
+        card.reserved_bytes = max(card.reserved_bytes, needed_bytes)
+        update()
+    assert planner.applied[-1].kept_layers == KEEPS_SIX.kept_layers
+    assert len(streamer.resident_layers) == 2 * GIB // (400 * MIB)
+
+
+def test_residents_give_way_to_a_plan_that_takes_more_and_then_kept_layers_do(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_kept(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="8GiB")
+    card.reserved_bytes = 8 * GIB  # the plan's two resident layers no longer fit
+    train(budget, num_steps=4)
+    assert planner.applied[-1] == without_residents(KEEPS_SIX)
+
+    streamer = FakeStreamer()
+    planner = planner_of_kept(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="8GiB")
+    card.reserved_bytes = 8 * GIB + 300 * MIB
+    train(budget, num_steps=3)
+    assert planner.asked[-1] == (8, 512, 8 * GIB - 1100 * MIB), "the excess, and what two resident layers would take"
+    assert planner.applied == [without_residents(KEEPS_SIX), without_residents(KEEPS_TWO)]
+    card.reserved_bytes = 6 * GIB
+    train(budget, num_steps=3)
+    assert planner.applied[-1].kept_layers == KEEPS_TWO.kept_layers
+    assert len(streamer.resident_layers) == 2 * GIB // (400 * MIB)
+
+
+def test_kept_layers_are_given_up_where_no_plan_is_left(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = FakePlanner(streamer, {7 * GIB: KEEPS_SIX})
+    budget = make_budget(streamer, planner=planner, vram_budget="8GiB")
+    card.reserved_bytes = 10 * GIB
+    train(budget, num_steps=3)
+    assert planner.applied == [without_residents(KEEPS_SIX), StepChoices()]
+    card.reserved_bytes = 7 * GIB
+    train(budget, num_steps=3)
+    assert planner.applied[-1] == StepChoices(resident_layers=streamer.resident_layers)
+    assert len(streamer.resident_layers) == 2
+
+
+def test_a_longer_batch_keeps_what_its_own_plan_says(card: FakeCard) -> None:
+    streamer = FakeStreamer()
+    planner = planner_of_kept(streamer)
+    budget = make_budget(streamer, planner=planner, vram_budget="8GiB")
+    train(budget, num_steps=4)
+    planner.ways = {5 * GIB: KEEPS_TWO}
+    budget.before_training_step(8, 1024)
+    assert planner.applied[-1] == without_residents(KEEPS_TWO)

@@ -232,6 +232,27 @@ class ProxyState:
         with self.swapped(lent, copies):
             yield
 
+    @property
+    def stays(self) -> bool:
+        """Whether its weights are lent to every visit in the same memory."""
+        return not self.streamed or self.streamer.is_in_place(self.layer_idx)
+
+    def lent(self) -> list[torch.Tensor]:
+        """The tensors that are lent to the visit under way, always in the same order."""
+        return [self.registered(tensor) for tensor in self.streamed]
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Registers copies of the lent tensors for the duration of the block, and overwrites them at its end."""
+        lent = [(t.owner._parameters, t.attribute, self.registered(t)) for t in self.streamed]
+        copies = [nn.Parameter(tensor.detach().clone(), requires_grad=False) for *_, tensor in lent]
+        try:
+            with self.swapped(lent, copies):
+                yield
+        finally:
+            for copy in copies:
+                copy.data.fill_(torch.nan)  # `.data`: nothing but the numbers is to show who still uses them
+
     def bytes_at_rest(self) -> list[torch.Tensor]:
         """The weights at rest, on the host."""
         return list(self.host_views.values())
@@ -251,15 +272,18 @@ class ProxyState:
                 registry[name] = stand_in
             yield
         finally:
-            for registry, name, original in entries:
-                registry[name] = original
-            del self._journal[begin : begin + len(entries)]
+            self._undo_swaps(begin)  # also of a block inside this one whose clean-up an interrupt has cut off
 
     def undo_interrupted_swaps(self) -> None:
         """Puts back what an interrupt in the middle of `swapped`'s own clean-up has left. No visit is under way."""
-        while self._journal:
-            registry, name, original = self._journal.pop()
+        self._undo_swaps(0)
+
+    def _undo_swaps(self, begin: int) -> None:
+        """Registers again what was swapped since the journal had so many entries, the last first."""
+        while len(self._journal) > begin:
+            registry, name, original = self._journal[-1]
             registry[name] = original
+            self._journal.pop()
 
     def reconcile(self) -> None:
         """Takes over what was done to the layer since its last visit.
@@ -401,6 +425,7 @@ class ProxyState:
             self.streamer.device,
             self._options,
             hidden.shape[0],
+            self._is_kept(hidden),
         )
         if isinstance(visit, CheckedVisit) and self.check is not None:
             visit.check = self.check
@@ -410,6 +435,22 @@ class ProxyState:
         )
         self._refuse_written_arguments(held, _held_by_containers(named))
         return visit.rebuild(outputs)
+
+    def _is_kept(self, hidden: torch.Tensor) -> bool:
+        """Whether a visit keeps its graph for the backward.
+
+        Tiles are recomputed one by one in any case. What is packed to 4 bits is held by bitsandbytes as an attribute
+        (see Note [lent memory] of `hf_lema.layer.kept_graph`), so it must lie still.
+        """
+        if not self._options.kept.wants(self.layer_idx):
+            return False
+        is_tiled = 0 < self._options.tiles.tile_tokens < hidden.shape[:-1].numel()
+        return not is_tiled and (self.stays or not self.is_packed)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of its streamed tensors is packed to 4 bits."""
+        return any(tensor.matrix is not None for tensor in self.streamed)
 
     def call_plain(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the forward of the layer's own class: no hooks of the layer fire, no proxy is entered."""

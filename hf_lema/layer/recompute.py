@@ -6,13 +6,16 @@ Note [explicit inputs]: the layer's trainable tensors are inputs of the Function
 recompute runs on detached aliases of them, so that hooks of the parameters themselves (a user's, or DDP's) fire once,
 in the outer graph; and in the forward the aliases need no gradient, so that autocast does not keep a cast of them that
 has no graph and use it in a later recompute.
+
+A visit that is kept makes its graph in the forward, and on aliases too, of its own: autocast then keeps casts of them
+that have a graph, all pieces of the visit use these as they are, and no other visit finds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.joint_casts import JointCasts, plain_linears, summed
+from hf_lema.layer.kept_graph import KeptGraph, KeptLayers, LentMemory, WrittenError
 from hf_lema.layer.micro_batch import MicroBatches, Piece
 from hf_lema.layer.piece_draws import DrawsElsewhereError, PieceDraws, active_dropouts
 from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState, Surroundings
@@ -81,6 +85,16 @@ class StreamedLayer(Protocol):
     def undo_interrupted_swaps(self) -> None:
         """Registers again what an interrupt in the clean-up of `swapped` has left out."""
 
+    @property
+    def stays(self) -> bool:
+        """Whether its weights are lent to every visit in the same memory."""
+
+    def lent(self) -> Sequence[torch.Tensor]:
+        """The tensors that are lent to the visit under way, always in the same order."""
+
+    def copied(self) -> AbstractContextManager[None]:
+        """Registers copies of the lent tensors for the duration of the block, and overwrites them at its end."""
+
 
 @dataclass(frozen=True)
 class VisitOptions:
@@ -91,12 +105,14 @@ class VisitOptions:
         tiles: How the token-wise part of a layer is cut along the tokens.
         boundaries: Where hidden states wait for the backward, if not in device memory.
         input_casts: Casts that may be left out where the numbers do not change; None for none.
+        kept: Layers whose visits keep their graphs.
     """
 
     micro_batches: MicroBatches
     tiles: TokenTiles
     boundaries: Boundaries
     input_casts: InputCasts | None = None
+    kept: KeptLayers = field(default_factory=KeptLayers)
 
 
 class Visit:
@@ -111,6 +127,7 @@ class Visit:
         device: Where the layer computes.
         options: How visits are run.
         batch_size: Sequences in the batch.
+        is_kept: Whether the forward's graph is kept for the backward.
     """
 
     def __init__(
@@ -123,9 +140,12 @@ class Visit:
         device: torch.device,
         options: VisitOptions,
         batch_size: int,
+        is_kept: bool = False,
     ) -> None:
         self.layer = layer
         self.options = options
+        self.is_kept = is_kept
+        self._graph: KeptGraph | None = None
         self._tile_tokens = options.tiles.tile_tokens  # the recompute must draw what the forward drew
         self._args = args
         self._named = kwargs
@@ -161,22 +181,15 @@ class Visit:
 
     def run_forward(self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The forward visit, piece by piece; the pieces are remembered for the recompute."""
+        dropouts = self._cut(hidden)
         cut = self.options.micro_batches
-        if not self._args:
-            self._pieces = cut.pieces(
-                self.layer.layer, hidden, self._named, lambda part, named: self.layer.call_plain(part, **named)
-            )
-        dropouts = active_dropouts(self.layer.parts.dropouts)
-        # A dropout's mask depends on the dtype in which it is drawn: stock's, unless masks are drawn for parts anyway.
-        is_tiled = 0 < self._tile_tokens < hidden.shape[:-1].numel()
-        self._are_inputs_cast = bool(dropouts) and not self.is_cut and not is_tiled
         with self._casts_entered(trainables):
             if not self.is_cut:
                 return self.run(hidden, trainables)
             pieces = self._pieces
             groups = cut.groups(self.layer.layer, pieces)
             # Tiles are recomputed by themselves in the backward, out of the order in which they drew.
-            if len(groups) == len(pieces) or self._tile_tokens:
+            if len(groups) == len(pieces) or self._tile_tokens or self.is_kept:
                 return self._run_pieces(hidden, trainables, [[piece] for piece in pieces])
             self._draws = PieceDraws(self.device, dropouts, cut.is_verified)
             try:
@@ -186,6 +199,49 @@ class Visit:
             self._draws = None
             self._rng.restore()
             return self._run_pieces(hidden, trainables, [[piece] for piece in pieces])
+
+    def run_kept(
+        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], needs_gradient: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """The forward visit with a graph, which `gradients` differentiates instead of a recompute's.
+
+        Args:
+            hidden: Hidden states of the whole batch.
+            trainables: The trainable tensors; the graph is made on aliases of them.
+            needs_gradient: Whether the hidden states get one.
+
+        Returns:
+            The tensor outputs, without their graph.
+        """
+        self._cut(hidden)
+        hidden = hidden.detach()
+        aliases = tuple(t.detach().requires_grad_() for t in trainables)
+        is_proven = self.layer.stays or self.options.kept.is_proven(self.layer.layer_idx)
+        with nullcontext() if is_proven else self.layer.copied():
+            memory = LentMemory(self.layer.lent())
+            with torch.enable_grad(), self._casts_entered(aliases) as casts, memory.saving():
+                graph = KeptGraph(memory, aliases, casts, is_proven)
+                for piece in self._pieces if self.is_cut else [None]:
+                    part = hidden if piece is None else hidden[piece.begin : piece.end]
+                    part = part.detach().requires_grad_(needs_gradient)
+                    graph.parts.append((part, self.run(part, aliases, piece)))
+        self._graph = graph
+        outputs = [outputs for _, outputs in graph.parts]
+        if not self.is_cut:
+            return tuple(output.detach() for output in outputs[0])
+        return tuple(torch.cat([output.detach() for output in same]) for same in zip(*outputs, strict=True))
+
+    def _cut(self, hidden: torch.Tensor) -> tuple[nn.Dropout, ...]:
+        """Decides in which pieces the visit is computed; the dropouts that draw in it."""
+        if not self._args:
+            self._pieces = self.options.micro_batches.pieces(
+                self.layer.layer, hidden, self._named, lambda part, named: self.layer.call_plain(part, **named)
+            )
+        dropouts = active_dropouts(self.layer.parts.dropouts)
+        # A dropout's mask depends on the dtype in which it is drawn: stock's, unless masks are drawn for parts anyway.
+        is_tiled = 0 < self._tile_tokens < hidden.shape[:-1].numel()
+        self._are_inputs_cast = bool(dropouts) and not self.is_cut and not is_tiled
+        return dropouts
 
     def _run_pieces(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], groups: Sequence[Sequence[Piece]]
@@ -222,7 +278,7 @@ class Visit:
     def gradients(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
-        """Recomputes the visit and differentiates it.
+        """Differentiates the visit: its kept graph, once, or a recompute.
 
         Args:
             hidden: Hidden states, detached; whether it needs a gradient says whether one is computed.
@@ -232,43 +288,84 @@ class Visit:
         Returns:
             The gradient of the hidden states (None if not needed), then those of the trainable tensors.
         """
+        graph, self._graph = self._graph, None
+        if graph is None:
+            return self._recomputed(hidden, trainables, grad_outputs)
+        kept, layer_idx = self.options.kept, self.layer.layer_idx
+        try:
+            grads = self._graph_gradients(graph, grad_outputs)
+        except WrittenError:
+            kept.refuse(layer_idx, "has kept activations that were written to in place after its forward")
+            return self._recomputed(hidden, trainables, grad_outputs)
+        if graph.is_proven:
+            return grads
+        again = self._recomputed(hidden, trainables, grad_outputs)
+        return grads if kept.agree(layer_idx, grads, again) else again
+
+    def _recomputed(
+        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """The gradients by a recompute; the arguments are those of `gradients`."""
         with self._rng.replayed(), self._hooks.entered(), self._casts_entered(trainables) as casts:
+
+            def of_part(
+                part: torch.Tensor, grad_outputs: tuple[torch.Tensor | None, ...], piece: Piece | None
+            ) -> list[torch.Tensor | None]:
+                with self._autocast.entered():
+                    outputs = self.run(part, trainables, piece)
+                return _differentiated(outputs, grad_outputs, part, trainables, casts)
+
             if not self.is_cut:
-                return self._piece_gradients(hidden, trainables, grad_outputs, None, casts)
-            hidden_grads: list[torch.Tensor] = []  # joined at the end: the last piece's peak is without its own part
-            sums: list[torch.Tensor | None] = [None] * len(trainables)
-            for piece in self._pieces:
+                return of_part(hidden, grad_outputs, None)
+
+            def of_piece(piece: Piece, grad_outputs: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
                 part = hidden[piece.begin : piece.end].detach().requires_grad_(hidden.requires_grad)
-                parts = tuple(None if g is None else g[piece.begin : piece.end] for g in grad_outputs)
                 replaying = nullcontext() if self._draws is None else self._draws.replaying(piece, self.layer.layer_idx)
                 with replaying:
-                    part_grad, *grads = self._piece_gradients(part, trainables, parts, piece, casts)
-                if part.requires_grad:
-                    hidden_grads.append(torch.zeros_like(part) if part_grad is None else part_grad)
-                del part, part_grad
-                sums = summed(sums, grads)
-            return [torch.cat(hidden_grads) if hidden_grads else None, *sums]
+                    return _with_hidden(of_part(part, grad_outputs, piece), part)
 
-    def _piece_gradients(
-        self,
-        hidden: torch.Tensor,
-        trainables: tuple[torch.Tensor, ...],
-        grad_outputs: tuple[torch.Tensor | None, ...],
-        piece: Piece | None,
-        casts: JointCasts,
+            return self._joined(grad_outputs, of_piece)
+
+    def _graph_gradients(
+        self, graph: KeptGraph, grad_outputs: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
-        with self._autocast.entered():
-            outputs = self.run(hidden, trainables, piece)
-        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad and g is not None]
-        if not pairs:
-            return [None] * (1 + len(trainables))
-        leaves = ([hidden] if hidden.requires_grad else []) + [*trainables, *casts.halves]
-        grads: list[torch.Tensor | None] = list(
-            torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-        )
-        hidden_grad = grads.pop(0) if hidden.requires_grad else None
-        num_alone = len(trainables)
-        return [hidden_grad, *casts.joined(grads[:num_alone], grads[num_alone:])]
+        """The gradients by the kept graphs, each of which is let go of when it has been differentiated.
+
+        Raises:
+            WrittenError: Something that they need was written to.
+        """
+        registered = [(registry, name, registry[name]) for registry, name in self._trainable_slots]
+        graph.memory.lend_again(self.layer.lent())
+        try:
+            # What runs again in a backward, such as a checkpoint in the layer, finds what it found in the forward.
+            with self._hooks.entered(), self.layer.swapped(registered, graph.trainables), graph.casts.entered():
+
+                def of_next(grad_outputs: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+                    part, outputs = graph.parts.pop(0)
+                    grads = _differentiated(outputs, grad_outputs, part, graph.trainables, graph.casts)
+                    return _with_hidden(grads, part) if self.is_cut else grads
+
+                if not self.is_cut:
+                    return of_next(grad_outputs)
+                return self._joined(grad_outputs, lambda _, parts: of_next(parts))
+        finally:
+            graph.memory.lend_again(None)
+
+    def _joined(
+        self,
+        grad_outputs: tuple[torch.Tensor | None, ...],
+        of_piece: Callable[[Piece, tuple[torch.Tensor | None, ...]], list[torch.Tensor | None]],
+    ) -> list[torch.Tensor | None]:
+        """The gradients of all pieces: joined for the hidden states, summed for the trainable tensors."""
+        hidden_grads: list[torch.Tensor] = []  # joined at the end: the last piece's peak is without its own part
+        sums: list[torch.Tensor | None] = [None] * len(self._trainable_slots)
+        for piece in self._pieces:
+            parts = tuple(None if g is None else g[piece.begin : piece.end] for g in grad_outputs)
+            part_grad, *grads = of_piece(piece, parts)
+            if part_grad is not None:
+                hidden_grads.append(part_grad)
+            sums = summed(sums, grads)
+        return [torch.cat(hidden_grads) if hidden_grads else None, *sums]
 
     def _tensors_of(self, output: Any) -> tuple[torch.Tensor, ...]:
         self._is_tuple = isinstance(output, tuple)
@@ -293,6 +390,32 @@ class Visit:
         return tuple(outputs)
 
 
+def _differentiated(
+    outputs: tuple[torch.Tensor, ...],
+    grad_outputs: tuple[torch.Tensor | None, ...],
+    hidden: torch.Tensor,
+    trainables: tuple[torch.Tensor, ...],
+    casts: JointCasts,
+) -> list[torch.Tensor | None]:
+    """The gradient of the hidden states (None if not needed), then those of the trainable tensors."""
+    pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad and g is not None]
+    if not pairs:
+        return [None] * (1 + len(trainables))
+    leaves = ([hidden] if hidden.requires_grad else []) + [*trainables, *casts.halves]
+    grads: list[torch.Tensor | None] = list(
+        torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+    )
+    hidden_grad = grads.pop(0) if hidden.requires_grad else None
+    num_alone = len(trainables)
+    return [hidden_grad, *casts.joined(grads[:num_alone], grads[num_alone:])]
+
+
+def _with_hidden(grads: list[torch.Tensor | None], hidden: torch.Tensor) -> list[torch.Tensor | None]:
+    """The same with zeros for hidden states that need a gradient and were not used: a piece is a part of a whole."""
+    first, *others = grads
+    return [torch.zeros_like(hidden) if first is None and hidden.requires_grad else first, *others]
+
+
 class Recompute(torch.autograd.Function):
     """Forward without a graph; backward leases the layer again, recomputes with a graph, and differentiates that."""
 
@@ -302,12 +425,16 @@ class Recompute(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an output that nobody used must give no gradient, not zeros
         boundaries = visit.options.boundaries
         # A layer's input is contiguous; one that is not would come back with other strides, so it stays.
-        leaves = boundaries.in_use and hidden.is_contiguous() and hidden.numel() > 0
+        # One of a kept graph stays too: the graph holds it.
+        leaves = boundaries.in_use and not visit.is_kept and hidden.is_contiguous() and hidden.numel() > 0
         ctx.boundaries = boundaries if leaves else None
         saved = boundaries.keep(hidden) if leaves else hidden
         ctx.save_for_backward(saved, *trainables)
         with visit.layer.weights(Direction.FORWARD, expect_backward=True):
-            outputs = visit.run_forward(hidden, tuple(t.detach() for t in trainables))
+            if visit.is_kept:
+                outputs = visit.run_kept(hidden, trainables, ctx.needs_input_grad[1])
+            else:
+                outputs = visit.run_forward(hidden, tuple(t.detach() for t in trainables))
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         return outputs
 

@@ -6,6 +6,7 @@ Responsibility: capture and re-enter. Knows no layers. What ``torch.utils.checkp
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,12 +104,68 @@ def _autocast_nesting() -> int:
     return torch.autocast_decrement_nesting()
 
 
+class SavingHooks:
+    """Hooks on what autograd saves, which `Surroundings` takes away where an interrupt has left them in force.
+
+    Attributes:
+        num_packed: Calls of `pack`, which counts them.
+    """
+
+    def __init__(self) -> None:
+        self.num_packed = 0
+
+    def saving(self) -> AbstractContextManager[object]:
+        """Has what is saved inside the block go through `pack`, and come back through `unpack`."""
+        return _Saving(self)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What is kept of a tensor."""
+        raise NotImplementedError
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+
+class _Entered(threading.local):
+    """The hooks that this thread has in force, or was about to have when an interrupt came."""
+
+    saving: _Saving | None = None
+
+
+_ENTERED = _Entered()
+
+
+class _Saving(torch.autograd.graph.saved_tensors_hooks):
+    """One block of `SavingHooks`. No generator, for the reason that `_Autocasts` is none."""
+
+    def __init__(self, hooks: SavingHooks) -> None:
+        super().__init__(hooks.pack, hooks.unpack)
+        self._hooks = hooks
+
+    def __enter__(self) -> None:
+        _ENTERED.saving = self
+        super().__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        _ENTERED.saving = None
+
+    @property
+    def is_in_force(self) -> bool:
+        """Whether a tensor that is saved now goes through these hooks. Before torch 2.8 nothing but trying tells."""
+        before = self._hooks.num_packed
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.zeros(1, requires_grad=True).exp()
+        return self._hooks.num_packed > before
+
+
 class Surroundings:
     """What a visit changes around itself, for putting it back after an exception has passed the visit's own clean-up.
 
-    That clean-up may be what an interrupt cut off: attributes that stay swapped, gradients that stay off, or autocast
-    that stays half entered, whose cache then keeps the casts of old weights. See Note [interrupts] of
-    `hf_lema.layer.swaps`.
+    That clean-up may be what an interrupt cut off: attributes that stay swapped, gradients that stay off, hooks on what
+    autograd saves, or autocast that stays half entered, whose cache then keeps the casts of old weights. See Note
+    [interrupts] of `hf_lema.layer.swaps`.
 
     Args:
         device: Where the layer computes.
@@ -123,6 +180,10 @@ class Surroundings:
     def put_back(self) -> None:
         """Everything as it was when this was made, by the same thread."""
         undo_to(self._mark)
+        if (saving := _ENTERED.saving) is not None:
+            if saving.is_in_force:
+                saving.__exit__()
+            _ENTERED.saving = None
         torch.set_grad_enabled(self._is_grad_enabled)
         for device_type, enabled, dtype in self._autocast.settings:
             torch.set_autocast_enabled(device_type, enabled)

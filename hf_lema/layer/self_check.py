@@ -105,10 +105,30 @@ class CheckedVisit(Visit):
         layer = cast("RestingLayer", self.layer)
         self.check.watch_base(layer.layer_idx, layer.bytes_at_rest())
         outputs = super().run_forward(hidden, trainables)
+        self._compare_output(outputs, hidden, trainables)
+        return outputs
+
+    def run_kept(
+        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], needs_gradient: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """As `Visit.run_kept`; the second run keeps no graph.
+
+        Raises:
+            RuntimeError: The check failed.
+        """
+        layer = cast("RestingLayer", self.layer)
+        self.check.watch_base(layer.layer_idx, layer.bytes_at_rest())
+        outputs = super().run_kept(hidden, trainables, needs_gradient)
+        self._compare_output(outputs, hidden, tuple(t.detach() for t in trainables))
+        return outputs
+
+    def _compare_output(
+        self, outputs: tuple[torch.Tensor, ...], hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...]
+    ) -> None:
+        layer = cast("RestingLayer", self.layer)
         with self._rng.replayed(), layer.weights_at_rest():
             again = super().run_forward(hidden, trainables)
         self.check.compare(f"layer {layer.layer_idx}: the output", outputs, again)
-        return outputs
 
     def gradients(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]

@@ -28,19 +28,21 @@ class Phase:
     Attributes:
         name: Such as ``"backward of layer 31"``.
         boundary_bytes: Layer inputs that wait for the backward, or the ring that they pass through.
+        kept_bytes: Activations that layers keep from forward to backward instead of recomputing them.
         gradient_bytes: Gradients of trainable tensors that are there already.
         activation_bytes: What the part under way needs: a micro-batch's recompute, or the loss of a part of the tokens.
     """
 
     name: str
     boundary_bytes: int
+    kept_bytes: int
     gradient_bytes: int
     activation_bytes: int
 
     @property
     def nbytes(self) -> int:
         """Bytes of the phase beyond what is always there."""
-        return self.boundary_bytes + self.gradient_bytes + self.activation_bytes
+        return self.boundary_bytes + self.kept_bytes + self.gradient_bytes + self.activation_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class StepTime:
     Attributes:
         forward_compute_s: Computing the layers' forward.
         forward_moving_s: What the bus, or the disk, takes meanwhile.
-        backward_compute_s: Computing their backward, recompute included.
+        backward_compute_s: Computing their backward, and again the forward of those that recompute.
         backward_moving_s: What the bus, or the disk, takes meanwhile.
         ends_s: Embedding, head and loss, both ways.
         update_s: The optimizer.
@@ -139,6 +141,9 @@ class MemoryPlan:
         forward_micro_batch_size: The same in the forward, which keeps no graph.
         tile_tokens: Tokens on which the token-wise part of a layer computes at a time; 0 for all.
         resident_layers: Layers that stay in VRAM.
+        kept_layers: Layers whose activations stay in VRAM from forward to backward.
+        recomputed_layers: Layers whose forward is computed again in the backward; the frozen ones below all adapters
+            are neither.
         num_layers: Layers of the model.
         tier: Where streamed layers rest: ``"ram"``, ``"disk"``, ``"mixed"`` for some in each, or ``"vram"`` where
             none is streamed.
@@ -169,6 +174,8 @@ class MemoryPlan:
     forward_micro_batch_size: int
     tile_tokens: int
     resident_layers: tuple[int, ...]
+    kept_layers: tuple[int, ...]
+    recomputed_layers: tuple[int, ...]
     num_layers: int
     tier: str
     boundaries: Place
@@ -211,6 +218,7 @@ class MemoryPlan:
             boundaries_in_ram=self.boundaries == "ram",
             outside_in_ram=self.embedding_and_head == "ram",
             resident_layers=self.resident_layers,
+            kept_layers=self.kept_layers,
         )
 
     @property

@@ -160,6 +160,7 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("cuBLAS workspace", format_bytes(plan.workspace_bytes)),
         ("peaks in", peak.name),
         ("- boundary activations", format_bytes(peak.boundary_bytes)),
+        ("- kept activations", format_bytes(peak.kept_bytes)),
         ("- gradients", format_bytes(peak.gradient_bytes)),
         ("- activations", format_bytes(peak.activation_bytes)),
         ("VRAM allocated", format_bytes(plan.vram_bytes)),
@@ -169,6 +170,7 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
         *([(f"RAM of all {launch.num_processes}", format_bytes(plan.host_group_bytes))] if is_group else []),
         ("left in files", format_bytes(plan.host.file_backed_bytes)),
         ("micro-batch", _micro_batch(plan)),
+        ("recompute", _recompute(plan)),
         ("layers rest in", plan.tier),
         ("boundaries wait in", plan.boundaries),
         ("moved a step", format_bytes(plan.h2d_bytes)),
@@ -183,6 +185,10 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, str]]:
 def _micro_batch(plan: MemoryPlan) -> str:
     both = plan.forward_micro_batch_size, plan.micro_batch_size
     return str(both[1]) if both[0] == both[1] else "{} (forward), {} (backward)".format(*both)
+
+
+def _recompute(plan: MemoryPlan) -> str:
+    return f"{len(plan.recomputed_layers)} of {plan.num_layers} layers" if plan.recomputed_layers else "off"
 
 
 def _phase_text(compute_s: float, moving_s: float) -> str:
@@ -258,6 +264,7 @@ def plan_as_dict(plan: MemoryPlan) -> dict[str, Any]:
         "host_group_bytes": plan.host_group_bytes,
         "tokens_per_s": plan.tokens_per_s,
         "step_s": plan.time.step_s,
+        "num_recomputed": len(plan.recomputed_layers),
         "is_bound_by_compute": plan.time.is_bound_by_compute,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,13 @@ MAX_PIECES_AT_ONCE = 8
 MIN_FORWARD_GAIN = 1.03
 """A forward in micro-batches that takes less than so many times the whole batch's gains nothing from larger pieces."""
 
+KEPT = (*range(33), 40, 48, 56, 64, 80, 96)
+"""How many layers may keep their activations, beside all that train."""
+
+KEPT_GAPS = 0.1
+"""Of kept activations, what they take beside themselves: blocks of many sizes leave gaps in the allocator's memory
+(stock PEFT without gradient checkpointing, all of whose layers keep them, reserved 42.4 GiB for 39.5 on an H100)."""
+
 MAX_MIN_SLOWDOWN = 1.2
 """Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
 
@@ -70,9 +77,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plans the training of a streamed model, from its configuration and file headers alone.
 
-    Of all micro-batch sizes, places for boundary activations, embedding and head, and numbers of resident layers that
-    the budgets allow, the plan is the one with the shortest modelled step; under ``vram_budget="min"`` the one that
-    takes least VRAM among those with nothing resident whose step is at most `MAX_MIN_SLOWDOWN` times the fastest one's.
+    Of all micro-batch sizes, places for boundary activations, embedding and head, and numbers of resident layers and
+    of kept ones (the last, whose activations are not recomputed) that the budgets allow, the plan is the one with the
+    shortest modelled step; under ``vram_budget="min"`` the one that takes least VRAM among those with nothing resident
+    whose step is at most `MAX_MIN_SLOWDOWN` times the fastest one's, with as many kept layers as take no more.
 
     Args:
         model: A named shape, folder, hub id, configuration, or a model (wrapped, with adapters, or neither).
@@ -154,6 +162,8 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
         forward_micro_batch_size=cost.batch_size,
         tile_tokens=0,
         resident_layers=tuple(range(cost.num_layers)),
+        kept_layers=tuple(range(visits.first_kept, cost.num_layers)),
+        recomputed_layers=tuple(range(cost.lowest, visits.first_kept)),
         num_layers=cost.num_layers,
         tier="vram",
         boundaries="vram",
@@ -207,36 +217,49 @@ class _Search:
         self._ram_bytes = self._ram_budget_bytes()
         self._file_layers = self._choose_file_layers() if options.file_layers is None else options.file_layers
         self._transfers = functools.cache(self._num_transfers)
+        self._plan = functools.cache(self._new_plan)
+        self._num_trained = cost.num_layers - cost.lowest
+        if (options.num_kept or 0) > self._num_trained:
+            raise ValueError(f"num_kept is {options.num_kept}, but only {self._num_trained} layers have a backward")
 
     def best(self) -> MemoryPlan:
         """The plan within the budgets; see `plan_memory`.
 
-        Smaller micro-batches only start more kernels: once computing alone takes longer than a plan that would do,
-        those that are left are not looked at.
+        Smaller micro-batches only start more kernels: once what they may reach at best takes longer than a plan that
+        would do, those that are left are not looked at.
         """
         budget_bytes = self._vram_budget_bytes()
         bare: list[MemoryPlan] = []
         found: list[MemoryPlan] = []
         for micro_batch_size in self._sizes():
-            plans = [self._plan(choice, 0) for choice in self._choices(micro_batch_size)]
-            in_ram = [plan for plan in plans if self._fits_ram(plan)]
-            bare += in_ram
+            ways = [(choice, self._bare(choice)) for choice in self._choices(micro_batch_size)]
+            in_ram = [(choice, plan) for choice, plan in ways if self._fits_ram(plan)]
+            bare += [plan for _, plan in in_ram]
             if budget_bytes is None:
                 fastest_s = min((plan.time.step_s for plan in bare), default=float("inf"))
                 found = [plan for plan in bare if plan.time.step_s <= MAX_MIN_SLOWDOWN * fastest_s]
-                enough_s = MAX_MIN_SLOWDOWN * fastest_s
+                if min(plan.time.computing_s for _, plan in ways) > MAX_MIN_SLOWDOWN * fastest_s:
+                    break
             else:
-                found += [self._filled(plan, budget_bytes) for plan in in_ram if plan.vram_bytes <= budget_bytes]
-                enough_s = min((plan.time.step_s for plan in found), default=float("inf"))
-            if min(plan.time.computing_s for plan in plans) > enough_s:
-                break
+                for choice, plan in in_ram:
+                    if plan.vram_bytes <= budget_bytes:
+                        found += self._filled(choice, budget_bytes)
+                # Of the whole batch a visit may take longer than in pieces, of which some casts are left out.
+                is_cut = micro_batch_size < self._cost.batch_size
+                if (
+                    found
+                    and is_cut
+                    and self._least_s([choice for choice, _ in ways], budget_bytes)
+                    >= min(plan.time.step_s for plan in found)
+                ):
+                    break
         if not bare:
             raise ValueError(self._ram_message())
         if not found:
             assert budget_bytes is not None
             raise ValueError(self._vram_message(budget_bytes, min(bare, key=lambda plan: plan.vram_bytes)))
         if budget_bytes is None:
-            return min(found, key=lambda plan: (plan.vram_bytes, plan.time.step_s))
+            return self._with_free_kept(min(found, key=lambda plan: (plan.vram_bytes, plan.time.step_s)))
         # Where computing hides the bus, several ways take the same time: the one that moves least is left alone.
         return min(found, key=lambda plan: (plan.time.step_s, plan.h2d_bytes, plan.vram_bytes))
 
@@ -261,7 +284,7 @@ class _Search:
         boundaries = places if self._options.boundaries is None else (self._options.boundaries,)
         ends = places if self._options.embedding_and_head is None else (self._options.embedding_and_head,)
         cuts = [(at_once, 0) for at_once in self._forward_sizes(micro_batch_size)]
-        if micro_batch_size == 1 and self._cost.seq_len >= 2 * MIN_TILE_TOKENS:
+        if micro_batch_size == 1 and self._cost.seq_len >= 2 * MIN_TILE_TOKENS and not self._options.num_kept:
             cuts.append((1, min(TILE_TOKENS, self._cost.seq_len // 2)))
         for (at_once, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
             yield _Choice(
@@ -284,11 +307,73 @@ class _Search:
         times = (1, 2, MAX_PIECES_AT_ONCE) if is_faster else (1, 2)
         return sorted({min(n * micro_batch_size, whole) for n in times})
 
-    def _filled(self, plan: MemoryPlan, budget_bytes: int) -> MemoryPlan:
-        """The same way to run with as many resident layers as the budget holds."""
-        num_resident = min((budget_bytes - plan.vram_bytes) // max(1, self._slot_bytes), len(self._layers))
-        if self._options.num_resident is not None:
-            num_resident = min(num_resident, self._options.num_resident)
+    def _bare(self, choice: _Choice) -> MemoryPlan:
+        """A way to run with nothing on the device that need not be there."""
+        num_kept = self._kept_numbers(choice)[0]
+        return self._plan(choice, len(self._layers) if num_kept and self._cost.options.is_packed else 0, num_kept)
+
+    def _filled(self, choice: _Choice, budget_bytes: int) -> Iterator[MemoryPlan]:
+        """A way to run with each number of kept layers, and as many resident ones as the budget holds beside them."""
+        for num_kept in self._kept_numbers(choice):
+            spare_bytes = budget_bytes - self._taken_bytes(self._plan(choice, 0, num_kept))
+            if spare_bytes < 0:
+                break
+            num_resident = self._num_fitting(spare_bytes)
+            # What is packed to 4 bits must not move while activations are kept.
+            if not num_kept or not self._cost.options.is_packed or num_resident == len(self._layers):
+                yield self._plan(choice, num_resident, num_kept)
+
+    # ---- kept layers ----
+
+    def _kept_numbers(self, choice: _Choice) -> Sequence[int]:
+        """How many layers may keep their activations, ascending."""
+        if choice.tile_tokens:
+            return [0]
+        if self._options.num_kept is not None:
+            return [self._options.num_kept]
+        if self._cost.options.is_packed:
+            return [0]  # their layers must all be resident, which is known after steps have been measured
+        # With all of them kept no boundary activation would travel.
+        most = self._num_trained - (choice.boundaries == "ram")
+        return sorted({n for n in (*KEPT, self._num_trained) if n <= most})
+
+    def _taken_bytes(self, plan: MemoryPlan) -> int:
+        """What a plan takes of a budget: its peak, the gaps between kept activations, and once copies of weights.
+
+        The first kept visit of a layer whose weights move runs on such copies.
+        """
+        bytes_of = [phase.nbytes + int(KEPT_GAPS * phase.kept_bytes) for phase in plan.phases]
+        if plan.kept_layers and not self._cost.options.is_packed:
+            bytes_of[0] += self._slot_bytes  # the largest forward
+        return plan.always_bytes + max(bytes_of)
+
+    def _visits(self, choice: _Choice, num_kept: int) -> VisitCosts:
+        visits = self._cost.streamed_visits(
+            choice.micro_batch_size, choice.tile_tokens, choice.forward_micro_batch_size
+        )
+        return visits.with_last(self._cost.kept_visits(choice.micro_batch_size), num_kept) if num_kept else visits
+
+    def _least_s(self, ways: Sequence[_Choice], budget_bytes: int) -> float:
+        """What a step takes with such micro-batches or smaller ones, at least.
+
+        Smaller ones shorten nothing, and take no less for kept activations and the loss, beside which layers stay.
+        """
+        least_s = float("inf")
+        for choice, num_kept in ((way, n) for way in ways for n in self._kept_numbers(way)):
+            plan = self._plan(choice, 0, num_kept)
+            loss = plan.phases[-2]
+            spare_bytes = budget_bytes - plan.always_bytes - loss.nbytes - int(KEPT_GAPS * loss.kept_bytes)
+            if spare_bytes >= 0:
+                least_s = min(least_s, self._plan(choice, self._num_fitting(spare_bytes), num_kept).time.step_s)
+        return least_s
+
+    def _num_fitting(self, spare_bytes: int) -> int:
+        """Resident layers for which there is room."""
+        most = len(self._layers) if self._options.num_resident is None else self._options.num_resident
+        return min(spare_bytes // max(1, self._slot_bytes), len(self._layers), most)
+
+    def _with_free_kept(self, plan: MemoryPlan) -> MemoryPlan:
+        """The same plan with as many kept layers as take no more VRAM and make it faster."""
         choice = _Choice(
             micro_batch_size=plan.micro_batch_size,
             forward_micro_batch_size=plan.forward_micro_batch_size,
@@ -296,7 +381,13 @@ class _Search:
             boundaries=plan.boundaries,
             embedding_and_head=plan.embedding_and_head,
         )
-        return self._plan(choice, num_resident)
+        best = plan
+        for num_kept in self._kept_numbers(choice)[1:]:
+            kept = self._plan(choice, 0, num_kept)
+            if self._taken_bytes(kept) > plan.vram_bytes:
+                break
+            best = min(best, kept, key=lambda found: found.time.step_s)
+        return best
 
     # ---- budgets ----
 
@@ -351,9 +442,9 @@ class _Search:
 
     # ---- one plan ----
 
-    def _plan(self, choice: _Choice, num_resident: int) -> MemoryPlan:
+    def _new_plan(self, choice: _Choice, num_resident: int, num_kept: int) -> MemoryPlan:
         cost, tensors = self._cost, self._cost.tensors
-        visits = cost.streamed_visits(choice.micro_batch_size, choice.tile_tokens, choice.forward_micro_batch_size)
+        visits = self._visits(choice, num_kept)
         ends = self._ends(choice)
         ends_in_ram = choice.embedding_and_head == "ram"
         resident = choose_resident(num_resident, self._layers, self._file_layers)
@@ -369,6 +460,8 @@ class _Search:
             forward_micro_batch_size=choice.forward_micro_batch_size,
             tile_tokens=choice.tile_tokens,
             resident_layers=resident,
+            kept_layers=tuple(range(visits.first_kept, cost.num_layers)),
+            recomputed_layers=tuple(range(cost.lowest, visits.first_kept)),
             num_layers=cost.num_layers,
             tier=self._tier() if num_streamed else "vram",
             boundaries=choice.boundaries,

@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,12 @@ class Rehearsal:
         micro_batch_size: int,
         tile_tokens: int = 0,
         forward_micro_batch_size: int = 0,
+        is_kept: bool = False,
     ) -> PartCost:
-        """A training visit of a streamed layer, cut as `StepChoices` says; the layer's weights are not counted."""
+        """A training visit of a streamed layer, cut as `StepChoices` says; the layer's weights are not counted.
+
+        Its activations stay from forward to backward, or it recomputes them.
+        """
         layer = self._layers[layer_idx]
         stage = _BareLayer(layer_idx, layer, behaving(type(layer).forward, self._behaviour))
 
@@ -118,11 +122,11 @@ class Rehearsal:
             tiles = TokenTiles(tile_tokens, is_verified=True)
             cut = MicroBatches(micro_batch_size, is_verified=True, forward_micro_batch_size=forward_micro_batch_size)
             options = VisitOptions(cut, tiles, Boundaries(_CPU, len(self._layers)), LORA_INPUT_CASTS)
-            visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size)
+            visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size, is_kept)
             outputs = Recompute.apply(visit, hidden, *(p for *_, p in own))  # type: ignore[no-untyped-call]
             return visit.rebuild(outputs)
 
-        how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size)
+        how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size, is_kept)
         # A tile is computed again inside the backward, by a call of the part of the layer that it passes.
         parts = layer.children() if tile_tokens else ()
         with changed((part.__dict__, "forward", behaving(part.forward, self._behaviour)) for part in parts):
@@ -310,6 +314,19 @@ class _BareLayer:
 
     def undo_interrupted_swaps(self) -> None:
         """Nothing: a rehearsal that fails is over."""
+
+    @property
+    def stays(self) -> bool:
+        """Nothing is lent, so nothing moves."""
+        return True
+
+    def lent(self) -> list[torch.Tensor]:
+        """Nothing: what a graph saves of the weights is where they are registered."""
+        return []
+
+    def copied(self) -> AbstractContextManager[None]:
+        """Nothing to copy."""
+        return nullcontext()
 
 
 def _forget_data(lm: nn.Module, mode: FakeTensorMode) -> dict[int, nn.Parameter]:

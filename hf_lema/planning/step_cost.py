@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -48,6 +51,7 @@ class PlanOptions:
         boundaries: Fixed place of boundary activations; None to choose.
         embedding_and_head: Fixed place of these; None to choose.
         num_resident: Most resident layers; None for as many as fit.
+        num_kept: Fixed number of layers whose activations are kept instead of recomputed; None to choose.
         vram_bytes: The card's size for ``vram_budget="auto"``; None for the one in the rates.
         ram_bytes: Free RAM for ``ram_budget="auto"``; None for what is free on this machine.
         file_layers: Layers that stay in their files; None to choose by the RAM budget.
@@ -66,6 +70,7 @@ class PlanOptions:
     boundaries: Place | None = None
     embedding_and_head: Place | None = None
     num_resident: int | None = None
+    num_kept: int | None = None
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     file_layers: tuple[int, ...] | None = None
@@ -73,6 +78,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4"):
             raise ValueError(f'quantization is {self.quantization!r}, expected None or "nf4"')
+        if self.num_kept is not None and self.num_kept < 0:
+            raise ValueError(f"num_kept is {self.num_kept}, expected None or a number of layers")
         object.__setattr__(self, "launch", replace(self.launch, num_processes=self.num_processes))
 
     @property
@@ -91,8 +98,9 @@ class VisitCosts:
         output_bytes: Its output.
         forward_peak_bytes: Above what was there when it began.
         backward_peak_bytes: The same, with the gradient of its output there already.
-        forward_s: All layers together.
-        backward_s: All layers that train, and those above them.
+        forward_times_s: Its forward.
+        backward_times_s: Its backward; 0 below the layers that train.
+        num_kept: So many of the last layers keep their activations from forward to backward; the others recompute.
     """
 
     embedded_bytes: int
@@ -100,12 +108,43 @@ class VisitCosts:
     output_bytes: tuple[int, ...]
     forward_peak_bytes: tuple[int, ...]
     backward_peak_bytes: tuple[int, ...]
-    forward_s: float
-    backward_s: float
+    forward_times_s: tuple[float, ...]
+    backward_times_s: tuple[float, ...]
+    num_kept: int = 0
+
+    @property
+    def forward_s(self) -> float:
+        """All layers together."""
+        return sum(self.forward_times_s)
+
+    @property
+    def backward_s(self) -> float:
+        """All layers that train, and those above them."""
+        return sum(self.backward_times_s)
+
+    @property
+    def input_bytes(self) -> tuple[int, ...]:
+        """What enters each layer, and what comes out of the last."""
+        return (self.embedded_bytes, *self.output_bytes)
+
+    @property
+    def first_kept(self) -> int:
+        """The lowest of the layers that keep their activations; how many layers there are where none does."""
+        return len(self.output_bytes) - self.num_kept
+
+    def with_last(self, others: VisitCosts, num_kept: int) -> VisitCosts:
+        """These visits below, and other ones, which keep their activations, for so many of the last layers."""
+        first = len(self.output_bytes) - num_kept
+
+        def joined(name: str) -> Any:
+            return getattr(self, name)[:first] + getattr(others, name)[first:]
+
+        names = [f.name for f in fields(self) if f.name not in ("embedded_bytes", "num_kept")]
+        return replace(self, num_kept=num_kept, **{name: joined(name) for name in names})
 
     def boundary_bytes(self, lowest: int) -> int:
-        """Inputs of the layers from ``lowest`` on."""
-        return sum((self.embedded_bytes, *self.output_bytes)[lowest : len(self.output_bytes)])
+        """Inputs of the layers from ``lowest`` on that recompute."""
+        return sum(self.input_bytes[lowest : self.first_kept])
 
 
 class StepCost:
@@ -158,8 +197,12 @@ class StepCost:
             has_flash=rates.has_flash_attention,
             packed=packed,
         )
-        self.streamed_visits = functools.cache(self._streamed_visits)
+        self._remember()
         self.ends = functools.cache(functools.partial(self._rehearsal.ends, batch_size, seq_len))
+
+    def _remember(self) -> None:
+        self.streamed_visits = functools.cache(self._streamed_visits)
+        self.kept_visits = functools.cache(self._kept_visits)
 
     def at(self, rates: DeviceRates, batch_size: int | None = None) -> StepCost:
         """The same step on a card with other rates, or with another batch; only what is new is counted.
@@ -176,7 +219,7 @@ class StepCost:
         other = copy.copy(self)
         other.rates = rates
         other.batch_size = self.batch_size if batch_size is None else batch_size
-        other.streamed_visits = functools.cache(other._streamed_visits)
+        other._remember()
         if other.batch_size != self.batch_size:
             other.ends = functools.cache(functools.partial(self._rehearsal.ends, other.batch_size, self.seq_len))
         return other
@@ -210,13 +253,37 @@ class StepCost:
         starts = [-(-self.batch_size // n) / -(-num_rehearsed // n) for n in (forward_size, micro_batch_size)]
         return self._visits(costs, num_rehearsed, *starts)
 
+    def _kept_visits(self, micro_batch_size: int) -> VisitCosts:
+        """Visits in micro-batches, both ways, whose activations stay for the backward.
+
+        Two pieces are rehearsed. Each further one is taken to keep as much as each of these, the casts of adapters
+        included, which are made once for all: so a plan of many pieces says a little more than they take.
+        """
+        size = micro_batch_size if micro_batch_size < self.batch_size else 0
+        num_pieces = -(-self.batch_size // micro_batch_size)
+        num_rehearsed = min(2 * micro_batch_size, self.batch_size)
+        costs = [
+            self._rehearsal.streamed_visit(i, num_rehearsed, self.seq_len, size, is_kept=True)
+            for i in range(self.num_layers)
+        ]
+        starts = num_pieces / -(-num_rehearsed // micro_batch_size)
+        visits = self._visits(costs, num_rehearsed, starts, starts)
+        more = self.batch_size / num_rehearsed - 1  # outputs of the whole batch are counted already
+        graphs = [math.ceil(more * (cost.forward.kept_bytes - cost.output_bytes)) for cost in costs]
+        return replace(
+            visits,
+            kept_bytes=tuple(map(operator.add, visits.kept_bytes, graphs)),
+            forward_peak_bytes=tuple(map(operator.add, visits.forward_peak_bytes, graphs)),
+        )
+
     def stock_visits(self, is_checkpointed: bool) -> VisitCosts:
         """Visits of stock PEFT, the whole batch at once."""
         costs = [
             self._rehearsal.stock_visit(i, self.batch_size, self.seq_len, is_checkpointed)
             for i in range(self.num_layers)
         ]
-        return self._visits(costs, self.batch_size, 1.0, 1.0)
+        visits = self._visits(costs, self.batch_size, 1.0, 1.0)
+        return visits if is_checkpointed else replace(visits, num_kept=self.num_layers - self.lowest)
 
     def _visits(
         self, costs: Sequence[PartCost], num_rehearsed: int, forward_starts: float, backward_starts: float
@@ -231,8 +298,11 @@ class StepCost:
             output_bytes=tuple(output_bytes),
             forward_peak_bytes=tuple(cost.forward.peak_bytes + more for cost, more in paired),
             backward_peak_bytes=tuple(cost.backward.peak_bytes + more for cost, more in paired),
-            forward_s=sum(seconds(cost.forward.work, start_repeats=forward_starts) for cost in costs),
-            backward_s=sum(seconds(cost.backward.work, start_repeats=backward_starts) for cost in costs[self.lowest :]),
+            forward_times_s=tuple(seconds(cost.forward.work, start_repeats=forward_starts) for cost in costs),
+            backward_times_s=tuple(
+                seconds(cost.backward.work, start_repeats=backward_starts) if i >= self.lowest else 0.0
+                for i, cost in enumerate(costs)
+            ),
         )
 
     # ---- memory ----
@@ -243,20 +313,19 @@ class StepCost:
         Args:
             visits: The layers.
             ends: What comes before and after them.
-            in_ring: Whether boundary activations wait in RAM and pass through a ring in VRAM.
+            in_ring: Whether boundary activations wait in RAM and pass through a ring in VRAM; those of layers that
+                keep their activations stay where they are.
         """
         adapters = self.tensors.layer_adapter_bytes
         every_bytes = self.tensors.adapter_bytes
         early_bytes = every_bytes if self.options.gradient_accumulation_steps > 1 else 0
         outside_bytes = every_bytes - sum(adapters)
-        ring_bytes = NUM_BOUNDARY_SLOTS * max(visits.output_bytes)
-        below = [visits.embedded_bytes]  # what the layers below, and the embedding, have kept
-        for i, kept_bytes in enumerate(visits.kept_bytes):
-            below.append(below[-1] + kept_bytes if i >= self.lowest else visits.output_bytes[i])
+        boundaries, kept = self._waiting(visits, in_ring)
         forward = [
             Phase(
                 name=f"forward of layer {i}",
-                boundary_bytes=ring_bytes + visits.output_bytes[i] if in_ring else below[i],
+                boundary_bytes=boundaries[i],
+                kept_bytes=kept[i],
                 gradient_bytes=early_bytes,
                 activation_bytes=peak_bytes,
             )
@@ -264,22 +333,41 @@ class StepCost:
         ]
         loss = Phase(
             name="loss",
-            boundary_bytes=ring_bytes + visits.output_bytes[-1] if in_ring else below[-1],
+            boundary_bytes=boundaries[-1],
+            kept_bytes=kept[-1],
             gradient_bytes=max(early_bytes, outside_bytes),
             activation_bytes=max(ends.forward.peak_bytes, ends.forward.kept_bytes + ends.backward.peak_bytes),
         )
         backward = [
             Phase(
                 name=f"backward of layer {i}",
-                boundary_bytes=ring_bytes if in_ring else below[i + 1] - visits.output_bytes[i],
+                # The output was the next layer's input, which is done with it.
+                boundary_bytes=boundaries[i + 1] - visits.output_bytes[i],
+                kept_bytes=kept[i + 1],
                 gradient_bytes=max(early_bytes, outside_bytes + sum(adapters[i + 1 :])),
                 activation_bytes=visits.output_bytes[i] + visits.backward_peak_bytes[i],
             )
             for i in range(self.lowest, self.num_layers)
         ]
-        update = Phase(name="update", boundary_bytes=0, gradient_bytes=every_bytes, activation_bytes=0)
+        update = Phase(name="update", boundary_bytes=0, kept_bytes=0, gradient_bytes=every_bytes, activation_bytes=0)
         peaks = [max(group, key=lambda phase: phase.nbytes) for group in (forward, backward) if group]
         return (*peaks, loss, update)
+
+    def _waiting(self, visits: VisitCosts, in_ring: bool) -> tuple[list[int], list[int]]:
+        """What waits for the backward before each layer, and after the last: boundary activations, and kept ones."""
+        ring_bytes = NUM_BOUNDARY_SLOTS * max(visits.output_bytes)
+        boundaries = [visits.embedded_bytes + (ring_bytes if in_ring else 0)]
+        kept = [0]
+        for i, output_bytes in enumerate(visits.output_bytes):
+            is_kept = i >= max(visits.first_kept, self.lowest)
+            if i < self.lowest:
+                boundaries.append(boundaries[0] - visits.embedded_bytes + output_bytes)
+            elif in_ring and not is_kept:
+                boundaries.append(ring_bytes + output_bytes)
+            else:
+                boundaries.append(boundaries[-1] + (output_bytes if is_kept else visits.kept_bytes[i]))
+            kept.append(kept[-1] + (visits.kept_bytes[i] - output_bytes if is_kept else 0))
+        return boundaries, kept
 
     # ---- time ----
 

@@ -3,10 +3,11 @@
 Responsibility: the budget, and when the choices change. Knows bytes and layer indices, not weights; plans come from a
 callable.
 
-A plan decides what is cut and what leaves device memory. The first training steps run so, with nothing resident. What
-the allocator then has reserved (the optimizer's state included from the second step on) is taken from the budget; whole
-layers fill the rest, spread evenly over the depth, those first that would be read from files. Where more is reserved
-than the budget allows, the plan is made again with that much less.
+A plan decides what is cut, what leaves device memory and which layers keep their activations. The first training steps
+run so, with nothing resident. What the allocator then has reserved (the optimizer's state included from the second step
+on) is taken from the budget; whole layers fill the rest, spread evenly over the depth, those first that would be read
+from files. Where more is reserved than the budget allows, the plan is made again with that much less; where layers keep
+activations, and with as much less again as the plan had for resident layers, which give way first.
 
 Note [larger batches]: a batch with more tokens than any before it, or with longer sequences (a micro-batch of them has
 more tokens, and attention may take their square), is planned anew before its first layer. The plan is for the least
@@ -118,6 +119,8 @@ class VramBudget:
         self._evaluated: list[BatchShape] = []  # the same, of evaluations
         self._reserved_bytes = 0  # the most that steps with nothing resident took, run as they are now
         self._measured = given is not None
+        self._num_planned = 0  # resident layers of the plan
+        self._is_cache_clean = False  # of what only a first step takes
         slots_bytes = streamer.layer_bytes * streamer.num_slots
         minimum_bytes = other_bytes - movable_bytes + slots_bytes
         self.budget_bytes = self._budget(config, streamer.device, minimum_bytes)
@@ -181,6 +184,10 @@ class VramBudget:
             return
         if not any(seen.covers(shape) for seen in self._ran):
             self._measure_too(shape)
+        if self._choices.kept_layers and self._num_updates and not self._is_cache_clean:
+            # Layers that keep activations prove in their first visit that they may, on copies of their weights.
+            self._is_cache_clean = True
+            torch.cuda.empty_cache()  # noqa: TID251 - between the first steps of a plan
         if not self._measured and self._num_updates >= _NUM_MEASURED_UPDATES:
             self._measured = True
             self._reserved_bytes = max(self._reserved_bytes, torch.cuda.memory_reserved(self._streamer.device))
@@ -222,11 +229,12 @@ class VramBudget:
                 raise
             warnings.warn(f"{error} Training goes on with what takes least.", stacklevel=2)
             choices = self._plan(self._shape.batch_size, self._shape.seq_len, None)
+        self._num_planned = len(choices.resident_layers)
         return replace(choices, resident_layers=())
 
     def _run_as(self, choices: StepChoices) -> None:
         self._choices = choices
-        self._num_updates, self._measured = 0, False
+        self._num_updates, self._measured, self._is_cache_clean = 0, False, False
         self._ran, self._evaluated, self._reserved_bytes = [], [], 0
         self._send_back()
 
@@ -258,14 +266,18 @@ class VramBudget:
         """Plans with so many bytes less; whether there is another way to run."""
         assert self._planned_bytes is not None
         choices = self._choices
+        if choices.kept_layers:
+            excess_bytes += self._num_planned * self._streamer.layer_bytes
         # A model that cannot be planned gets the same answer whatever is left.
         while choices == self._choices and self._planned_bytes > excess_bytes:
             self._planned_bytes -= excess_bytes
             try:
                 plan = self._plan(self._shape.batch_size, self._shape.seq_len, self._planned_bytes)
-                choices = replace(plan, resident_layers=())
-            except ValueError:  # what takes least is running already
-                return False
+                choices, self._num_planned = replace(plan, resident_layers=()), len(plan.resident_layers)
+            except ValueError:  # what takes least is running already, but for kept activations
+                break
+        if choices == self._choices:
+            choices = replace(choices, kept_layers=())
         if choices == self._choices:
             return False
         self._run_as(choices)

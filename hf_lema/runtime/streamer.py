@@ -149,6 +149,11 @@ class LayerStreamer:
         self._residents = {i: self._residents.get(i) or _Resident() for i in layers}
         self._schedule = Schedule([i for i in self.streamable_layers if i not in self._residents])
 
+    def is_in_place(self, layer_idx: int) -> bool:
+        """Whether a resident layer is on the device already, so that every visit is lent the same memory."""
+        resident = self._residents.get(layer_idx)
+        return resident is not None and resident.slot is not None
+
     @contextmanager
     def lease(
         self, layer_idx: int, direction: Direction, *, expect_backward: bool = False
