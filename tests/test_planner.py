@@ -41,7 +41,7 @@ from hf_lema.units import GIB, MIB
 from hf_lema.wrapper import apply_choices
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-MAX_VRAM_ERROR = 0.01
+MAX_VRAM_ERROR = 0.02
 MAX_TIME_ERROR = 0.15
 SMALL = LlamaConfig(
     vocab_size=4096,

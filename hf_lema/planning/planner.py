@@ -53,6 +53,9 @@ KEPT_GAPS = 0.1
 MAX_MIN_SLOWDOWN = 1.2
 """Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
 
+ALIKE_VRAM = 1.05
+"""Under ``vram_budget="min"``: a forward in other pieces that takes at most so many times the least VRAM is as good."""
+
 Model = str | Path | PretrainedConfig | nn.Module
 
 
@@ -79,8 +82,9 @@ def plan_memory(
 
     Of all micro-batch sizes, places for boundary activations, embedding and head, and numbers of resident layers and
     of kept ones (the last, whose activations are not recomputed) that the budgets allow, the plan is the one with the
-    shortest modelled step; under ``vram_budget="min"`` the one that takes least VRAM among those with nothing resident
-    whose step is at most `MAX_MIN_SLOWDOWN` times the fastest one's, with as many kept layers as take no more.
+    shortest modelled step. Under ``vram_budget="min"`` it is the one that takes least VRAM (of those that cut but the
+    forward otherwise and are within `ALIKE_VRAM` of it, the fastest) among those with nothing resident whose step is at
+    most `MAX_MIN_SLOWDOWN` times the fastest one's, with as many kept layers as take no more.
 
     Args:
         model: A named shape, folder, hub id, configuration, or a model (wrapped, with adapters, or neither).
@@ -202,6 +206,12 @@ def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
     )
 
 
+def _is_alike(plan: MemoryPlan, least: MemoryPlan) -> bool:
+    """Whether a plan takes little more than the least, and differs in nothing but the pieces of the forward."""
+    pairs = [(p.micro_batch_size, p.tile_tokens, p.boundaries, p.embedding_and_head) for p in (plan, least)]
+    return pairs[0] == pairs[1] and plan.vram_bytes <= ALIKE_VRAM * least.vram_bytes
+
+
 class _Search:
     """Compares the ways to run one streamed model within its budgets."""
 
@@ -259,7 +269,9 @@ class _Search:
             assert budget_bytes is not None
             raise ValueError(self._vram_message(budget_bytes, min(bare, key=lambda plan: plan.vram_bytes)))
         if budget_bytes is None:
-            return self._with_free_kept(min(found, key=lambda plan: (plan.vram_bytes, plan.time.step_s)))
+            least = min(found, key=lambda plan: (plan.vram_bytes, plan.time.step_s))
+            alike = [plan for plan in found if _is_alike(plan, least)]
+            return self._with_free_kept(min(alike, key=lambda plan: (plan.time.step_s, plan.vram_bytes)))
         # Where computing hides the bus, several ways take the same time: the one that moves least is left alone.
         return min(found, key=lambda plan: (plan.time.step_s, plan.h2d_bytes, plan.vram_bytes))
 

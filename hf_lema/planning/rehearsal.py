@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, masking_utils
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.layer_proxy import tensors_in
 from hf_lema.layer.micro_batch import MicroBatches
+from hf_lema.layer.piece_draws import active_dropouts
 from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
 from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.swaps import changed
@@ -33,10 +34,14 @@ from hf_lema.model.loading import find_decoder_layers
 from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
 from hf_lema.model.loss import ChunkedLoss
 from hf_lema.model.outside import OutsideWeights
-from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Measure, behaving
+from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Kernels, Measure, behaving
 from hf_lema.runtime.schedule import Direction
 
 _CPU = torch.device("cpu")
+
+REDRAWN_STARTS = 4
+"""What drawing one mask of dropout again costs the host, in starts of kernels: the generator is set twice and a Python
+function runs twice, no kernel of their own. Fitted: 0.734 s against 0.681 s (recipes/results/h100-7b-fp16-e.jsonl)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,13 @@ class Rehearsal:
         # A tile is computed again inside the backward, by a call of the part of the layer that it passes.
         parts = layer.children() if tile_tokens else ()
         with changed((part.__dict__, "forward", behaving(part.forward, self._behaviour)) for part in parts):
-            return self._visit(layer_idx, batch_size, seq_len, how, call)
+            cost = self._visit(layer_idx, batch_size, seq_len, how, call)
+        is_redrawn = 0 < micro_batch_size < min(forward_micro_batch_size, batch_size) and not tile_tokens
+        if not is_redrawn or is_kept:
+            return cost
+        num_masks = len(active_dropouts(stage.parts.dropouts)) * -(-batch_size // micro_batch_size)
+        redrawing = Kernels(num_flops=0, num_bytes=0, is_half=False, count=REDRAWN_STARTS * num_masks)
+        return replace(cost, backward=replace(cost.backward, work=(*cost.backward.work, redrawing)))
 
     def stock_visit(self, layer_idx: int, batch_size: int, seq_len: int, is_checkpointed: bool) -> PartCost:
         """A visit of a resident layer under stock PEFT, with or without gradient checkpointing."""
