@@ -24,7 +24,6 @@ from transformers.trainer_callback import PrinterCallback
 
 LORA_DROPOUT = 0.1
 OPTIMIZER = "adamw_torch_fused"
-DDP_BUCKET_MIB = 1024
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which bf16 is computed and not emulated; ``is_bf16_supported`` counts emulation too."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -100,9 +99,6 @@ def training_arguments(plan: TrainingPlan, output_dir: Path, **changed: Any) -> 
         "dataloader_pin_memory": plan.device_type == "cuda",
         # Every adapter takes part in every step; for a PeftModel Trainer has DDP look for those that do not.
         "ddp_find_unused_parameters": False,
-        # All gradients of an adapter in one sum at the end: a sum beside the backward would keep a part of the card
-        # waiting for the slower process.
-        "ddp_bucket_cap_mb": DDP_BUCKET_MIB,
     }
     return TrainingArguments(output_dir=str(output_dir), **(values | checkpointing | changed))
 

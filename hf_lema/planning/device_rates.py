@@ -51,7 +51,7 @@ class DeviceRates:
     vram_read_write_bytes_per_s: float
     half_flop_per_s: float
     float_flop_per_s: float
-    kernel_start_s: float = 31e-6
+    kernel_start_s: float = 36e-6
     context_bytes: int = GIB // 2
 
     @property

@@ -22,6 +22,9 @@ from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.residency import HEAD_ROOM_BYTES
 from hf_lema.units import format_bytes
 
+NUM_HALVINGS = 6
+"""Of the card's memory, to find where a step begins to be bound by computing."""
+
 _NAMES = {"lema": "LEMA", "peft": "stock PEFT", "qlora": "QLoRA"}
 
 
@@ -38,6 +41,8 @@ class PlanComparison:
         ram_bytes: The machine; None for this one.
         rates: Of the card.
         optimizers: Other optimizers -> their state, in VRAM and paged.
+        compute_bound_from_bytes: VRAM from which on the streamed step is bound by computing; None where the card has
+            not so much.
     """
 
     plans: tuple[MemoryPlan, ...]
@@ -48,6 +53,7 @@ class PlanComparison:
     ram_bytes: int | None
     rates: DeviceRates
     optimizers: dict[str, OptimizerBytes]
+    compute_bound_from_bytes: int | None
 
 
 def compare_plans(
@@ -115,7 +121,36 @@ def compare_plans(
         optimizers={
             name: optimizer_bytes(name, cost.tensors.trainable) for name in OPTIMIZERS if name != options.optim
         },
+        compute_bound_from_bytes=_compute_bound_from(cost, config, options, limit_bytes),
     )
+
+
+def _compute_bound_from(cost: StepCost, config: LemaConfig, options: PlanOptions, limit_bytes: int) -> int | None:
+    """The VRAM from which on computing hides the moving, found by halving; None where the card has not so much.
+
+    Every layer is taken to recompute: one that is kept takes arithmetic away again, and the step is faster anyway. With
+    less memory a step may be bound by computing too, in such small micro-batches that they take longer.
+    """
+    options = replace(options, num_kept=0)
+
+    def is_bound(budget: int | str) -> bool:
+        return best_plan(cost, replace(config, vram_budget=budget), options).time.is_bound_by_compute
+
+    least_bytes = best_plan(cost, replace(config, vram_budget="min"), options).vram_bytes
+    if limit_bytes < least_bytes:
+        return None
+    if is_bound("min"):
+        return least_bytes
+    if not is_bound(limit_bytes):
+        return None
+    too_small_bytes, enough_bytes = least_bytes, limit_bytes
+    for _ in range(NUM_HALVINGS):
+        middle_bytes = (too_small_bytes + enough_bytes) // 2
+        if is_bound(middle_bytes):
+            enough_bytes = middle_bytes
+        else:
+            too_small_bytes = middle_bytes
+    return enough_bytes
 
 
 def _advice(plan: MemoryPlan, limit_bytes: int, cost: StepCost) -> str:
@@ -234,11 +269,18 @@ def format_comparison(comparison: PlanComparison) -> str:
             "",
             *verdicts,
             *comparison.advice,
+            _bound_text(comparison.compute_bound_from_bytes),
             _optimizer_text(comparison.optimizers),
             *([first.launch.describe()] if first.launch.world_size > 1 else []),
             f"Times are lower bounds from {rates.origin} rates ({rates.name}).",
         ]
     )
+
+
+def _bound_text(from_bytes: int | None) -> str:
+    if from_bytes is None:
+        return "LEMA: no VRAM budget of this card is enough for computing to hide the moving of layers."
+    return f"LEMA: from a VRAM budget of {format_bytes(from_bytes)} on, computing hides the moving of layers."
 
 
 def _optimizer_text(optimizers: dict[str, OptimizerBytes]) -> str:
