@@ -2,7 +2,8 @@ r"""A long run that must stay flat: training with evaluation and saving in betwe
 
 Trains a LoRA adapter on a random model of a named shape with the stock Trainer. After warm-up, VRAM, page-locked bytes,
 threads and open handles must not change by one, private RAM must not grow by more than a stated bound, and every loss
-must be finite. The exit status is 1 where that does not hold. The record is one JSON file.
+must be finite. The exit status is 1 where that does not hold. The record is one JSON file. ``--tier stock`` is the
+control: the same run of stock PEFT, with nothing streamed.
 
     python recipes/soak.py --device cpu --steps 10000 --tier disk --output soak-disk.json
     python recipes/soak.py --device cuda --shape llama-2-7b --num-layers 4 --batch-size 8 --seq-len 512 --steps 2000 \
@@ -43,6 +44,7 @@ WARM_UP_SHARE = 0.1
 NUM_EVALUATIONS = 20
 NUM_EVAL_EXAMPLES = 8
 RAM_BUDGETS = {"ram": "auto", "disk": "min"}
+STOCK = "stock"
 
 
 def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +52,7 @@ def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tier", choices=RAM_BUDGETS, default="disk")
+    parser.add_argument("--tier", choices=(*RAM_BUDGETS, STOCK), default="disk")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--num-layers", type=int)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -73,7 +75,7 @@ class Probe(TrainerCallback):
     tensors of 512 bytes in VRAM, and a new epoch begins without them.
     """
 
-    def __init__(self, model: nn.Module, num_steps: int) -> None:
+    def __init__(self, model: nn.Module | None, num_steps: int) -> None:
         self.steps: list[int] = []
         self.footprints: list[Footprint] = []
         self.losses: list[float] = []
@@ -131,45 +133,49 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         precision=precision,
         device_type=device.type,
     )
-    config = LemaConfig(vram_budget="min", ram_budget=RAM_BUDGETS[options.tier])
-    model = build_model("lema", str(checkpoint), plan, device, config)
+    if options.tier == STOCK:
+        model = build_model("peft", str(checkpoint), plan, device)
+    else:
+        config = LemaConfig(vram_budget="min", ram_budget=RAM_BUDGETS[options.tier])
+        model = build_model("lema", str(checkpoint), plan, device, config)
     data = random_data(SHAPES[options.shape]["vocab_size"], options.seq_len, seed=0).dataset
     every = max(1, options.steps // NUM_EVALUATIONS)
     arguments = training_arguments(
         plan, folder / "checkpoints", eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
         save_total_limit=2, logging_steps=max(1, options.steps // NUM_SAMPLES), per_device_eval_batch_size=2,
     )  # fmt: skip
-    probe = Probe(model, options.steps)
+    probe = Probe(None if options.tier == STOCK else model, options.steps)
     evaluated = torch.utils.data.Subset(data, range(NUM_EVAL_EXAMPLES))
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated, callbacks=[probe])
     trainer.remove_callback(PrinterCallback)
     begin_s = time.perf_counter()
     trainer.train()
     train_s = time.perf_counter() - begin_s
-    streamer = get_streamer(model)
-    stats = streamer.stats()
-    streamer.close()
     faults = what_grew(probe.after_warm_up(), int(options.max_growth_mib * MIB))
+    moved: dict[str, Any] = {"host_tier": STOCK}
+    if options.tier != STOCK:
+        streamer = get_streamer(model)
+        stats = streamer.stats()
+        streamer.close()
+        moved = {"host_tier": streamer.host_store.tier, "disk_bytes": stats.disk_bytes, "h2d_bytes": stats.h2d_bytes}
+        if streamer.pinned_bytes:
+            faults.append(f"{streamer.pinned_bytes} bytes were page-locked after close()")
     if not all(map(math.isfinite, probe.losses)):
         faults.append("a loss was not finite")
-    if streamer.pinned_bytes:
-        faults.append(f"{streamer.pinned_bytes} bytes were page-locked after close()")
     if last_whole_checkpoint(arguments.output_dir) is None:
         faults.append("no whole checkpoint was left")
     return {
         "settings": {name: value for name, value in vars(options).items() if name not in ("folder", "output")},
         "environment": environment_record(),
         "load_average": os.getloadavg()[0],
-        "host_tier": streamer.host_store.tier,
         "num_steps": trainer.state.global_step,
         "train_s": train_s,
         "loss_first": probe.losses[0],
         "loss_last": probe.losses[-1],
         "num_losses": len(probe.losses),
-        "disk_bytes": stats.disk_bytes,
-        "h2d_bytes": stats.h2d_bytes,
         "private_growth_bytes": private_growth_bytes(probe.after_warm_up()),
         "faults": faults,
+        **moved,
         "steps": probe.steps,
         "footprints": {
             name: [asdict(each)[name] for each in probe.footprints] for name in Footprint.__dataclass_fields__
