@@ -1,4 +1,5 @@
-"""Adapter parameters as they are, when a peer has split or moved them: FSDP2's DTensors, DeepSpeed's partitions.
+"""Adapter parameters as they are, when a peer has split or moved them: FSDP2's DTensors, DeepSpeed's partitions, and
+what TrainStream has on the host.
 
 Knows torch, and deepspeed where it is in use. Does not know contenders.
 """
@@ -29,7 +30,14 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def whole(parameter: nn.Parameter) -> torch.Tensor:
+def is_released(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has a shape but no memory: its values are elsewhere, and the model's state dict has them."""
+    if isinstance(parameter, DTensor) or parameter.numel() == 0:
+        return False
+    return parameter.untyped_storage().nbytes() == 0
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
     """The values on the CPU, of all processes together where they are spread over them."""
     value = parameter.detach()
     if isinstance(value, DTensor):

@@ -16,7 +16,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from sharded_parameters import CHECKPOINT_WRAPPER, gathered, whole
+from sharded_parameters import CHECKPOINT_WRAPPER, gathered, is_released, whole
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -127,10 +127,11 @@ def adapter_sha256(model: nn.Module) -> str:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    stored: dict[str, torch.Tensor] = model.state_dict() if any(map(is_released, trainable.values())) else {}
     digest = hashlib.sha256()
     with gathered(list(trainable.values())):
         for name in sorted(trainable):
-            value = whole(trainable[name])
+            value = whole(stored.get(name, trainable[name]))
             digest.update(f"{name} {value.dtype} ".encode())
             digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

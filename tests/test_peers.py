@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -25,6 +26,9 @@ import fairness  # noqa: E402
 import training  # noqa: E402
 from contender_process import Outcome  # noqa: E402
 from contender_spec import ContenderSpec, load_contender  # noqa: E402
+from sharded_parameters import is_released  # noqa: E402
+from torch import nn  # noqa: E402
+from training import adapter_sha256  # noqa: E402
 
 from hf_lema.reporting.contender import ContenderResult  # noqa: E402
 
@@ -379,3 +383,14 @@ def test_every_contender_of_a_scenario_is_one_of_a_file() -> None:
     for name in duel_options.known_scenarios():
         values = json.loads((duel_options.SCENARIO_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
         assert all(isinstance(load_contender(each), ContenderSpec) for each in values.get("contenders", ()))
+
+
+def test_an_adapter_that_a_peer_has_on_the_host_is_read_from_its_state_dict() -> None:
+    there = nn.Linear(3, 2)
+    away = copy.deepcopy(there)
+    values = {name: value.clone() for name, value in away.state_dict().items()}
+    away.weight.untyped_storage().resize_(0)
+    away.register_state_dict_post_hook(lambda module, state, prefix, meta: state.update(values))
+
+    assert [is_released(parameter) for parameter in away.parameters()] == [True, False]
+    assert adapter_sha256(away) == adapter_sha256(there)
