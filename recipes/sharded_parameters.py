@@ -1,5 +1,4 @@
-"""Adapter parameters as they are, when a peer has split or moved them: FSDP2's DTensors, DeepSpeed's partitions, and
-what TrainStream has on the host.
+"""Adapter parameters as they are, when a peer has split, moved or released them: FSDP2, DeepSpeed, TrainStream.
 
 Knows torch, and deepspeed where it is in use. Does not know contenders.
 """
