@@ -34,10 +34,10 @@ from hf_lema.layer.layer_proxy import (
     ungraft_layer,
 )
 from hf_lema.layer.micro_batch import MicroBatches
-from hf_lema.layer.recompute import VisitOptions
 from hf_lema.layer.replay import Surroundings
 from hf_lema.layer.self_check import SelfCheck
 from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.layer.visit_options import VisitOptions
 from hf_lema.model.fixed_buffers import fixed_buffers
 from hf_lema.model.loading import build_skeleton, find_decoder_layers
 from hf_lema.model.lora_inputs import LORA_INPUT_CASTS

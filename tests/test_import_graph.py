@@ -53,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
     "layer/joint_casts": {"torch"},
     "layer/kept_graph": {"torch"},
     "layer/boundaries": {"torch"},
+    "layer/visit_options": {"torch"},
     "layer/recompute": {"torch"},
     "layer/self_check": {"torch"},
     "layer/layer_proxy": {"torch"},

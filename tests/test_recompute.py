@@ -13,9 +13,10 @@ from torch import nn
 
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.micro_batch import MicroBatches
-from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
+from hf_lema.layer.recompute import Recompute, Visit
 from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.layer.visit_options import LayerParts, VisitOptions
 from hf_lema.runtime.schedule import Direction
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from hf_lema.files.layout import PackedMatrix
-from hf_lema.layer.recompute import LayerParts, Recompute, Visit, VisitOptions
+from hf_lema.layer.recompute import Recompute, Visit
 from hf_lema.layer.replay import ForwardHooks, Surroundings
 from hf_lema.layer.self_check import CheckedVisit, SelfCheck
+from hf_lema.layer.visit_options import LayerParts, VisitOptions
 from hf_lema.runtime.schedule import Direction
 from hf_lema.runtime.streamer import LayerStreamer
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from hf_lema.layer.recompute import StreamedLayer, Visit
+from hf_lema.layer.recompute import Visit
+from hf_lema.layer.visit_options import StreamedLayer
 
 NUM_CHECKED_VISITS = 2
 """Training visits of each layer that are checked: the first, and one after every slot has been used again."""
