@@ -686,7 +686,7 @@ def test_training_goes_on_right_after_an_interrupt_while_waiting_for_a_layer() -
     with closing(prepare(WRAP_THEN_PEFT)) as model:
         store = get_streamer(model).host_store
         read_into, gate = store.read_into, threading.Event()
-        entered = threading.Event()
+        entered, interrupted = threading.Event(), threading.Event()
 
         def gated(layer_idx: int, out: torch.Tensor) -> None:
             entered.set()
@@ -700,13 +700,18 @@ def test_training_goes_on_right_after_an_interrupt_while_waiting_for_a_layer() -
             main = threading.main_thread().ident
             while sys._current_frames()[main].f_code is not threading.Condition.wait.__code__:
                 time.sleep(0.01)  # on a busy machine it may be elsewhere for long, even where an exception is ignored
-            time.sleep(0.3)  # the interpreter delivers no signal that comes just before a thread begins to wait
-            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.3)
+            # The interpreter delivers no signal that comes just before a thread begins to wait; then there is another.
+            for _ in range(3):
+                signal.pthread_kill(main, signal.SIGINT)
+                if interrupted.wait(5.0):
+                    break
 
         thread = threading.Thread(target=interrupt, daemon=True)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             forward_backward(model)
+        interrupted.set()
         thread.join(20.0)
         gate.set()
         for _ in range(2):
