@@ -681,7 +681,16 @@ def test_training_goes_on_right_after_an_interrupt_while_parameters_are_swapped(
         assert all(isinstance(p, nn.Parameter) for _, p in model.named_parameters())
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """The signals of a foreground process: one in the background ignores SIGINT, and so do all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("in_the_foreground")
 def test_training_goes_on_right_after_an_interrupt_while_waiting_for_a_layer() -> None:
     with closing(prepare(WRAP_THEN_PEFT)) as model:
         store = get_streamer(model).host_store
