@@ -111,6 +111,15 @@ def test_what_lies_within_the_noise_is_not_called_better(tmp_path: Path) -> None
     assert "What others do better" not in readme_table.tables([write_duel(tmp_path / "d.json", rows)])
 
 
+def test_a_step_is_held_against_that_of_its_own_record_and_no_other(tmp_path: Path) -> None:
+    slow = write_duel(tmp_path / "slow.json", [a_row("peft", 2.0, 4), a_row("qlora", 1.0, 4), a_row("lema", 1.8, 4)])
+    rows = [a_row("peft", 1.0, 4), a_row("lema@6GiB", 1.5, 4)]
+    fast = write_duel(tmp_path / "fast.json", rows, time_utc="2026-12-02T00:00:00Z")
+
+    made = readme_table.tables([slow, fast])  # the newest stock step is faster than all of ours, but in another hour
+    assert made.endswith("What others do better: qlora takes 1.000 s a step, lema at best 1.800 s.")
+
+
 def test_other_jobs_have_other_tables_and_records_of_other_kinds_have_none(tmp_path: Path) -> None:
     write_duel(tmp_path / "a.json", [a_row("lema", 1.0, 4)])
     write_duel(tmp_path / "b.json", [a_row("lema", 1.0, 4), a_row("peft", 1.0, 4)], batch_size=32)
