@@ -75,5 +75,9 @@ class StepPlan(Protocol):
         """Tokens of each."""
 
     @property
+    def activation_bytes(self) -> int:
+        """The most that a part of a step computes with."""
+
+    @property
     def choices(self) -> StepChoices:
         """What the plan decides."""

@@ -66,7 +66,7 @@ from hf_lema.planning.rehearsal import UnplannableError
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.host_memory import available_host_bytes
 from hf_lema.runtime.local_ranks import LocalGroup
-from hf_lema.runtime.residency import BatchShape, VramBudget
+from hf_lema.runtime.residency import BatchShape, Planned, VramBudget
 from hf_lema.runtime.streamer import LayerStreamer
 
 logger = logging.getLogger(__name__)
@@ -426,22 +426,29 @@ class _Runtime:
         self.budget.start()
         self.layers[0].on_sweep = self.budget.before_training_step
 
-    def before_evaluation(self, input_ids: Any = None, **kwargs: Any) -> None:
-        """Makes room for a forward without gradients that is larger than all before."""
-        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if self.budget is not None and isinstance(tokens, torch.Tensor) and tokens.dim() >= 2:
-            self.budget.before_evaluation(tokens.shape[0], tokens.shape[1])
+    def before_forward(self, input_ids: Any = None, **kwargs: Any) -> None:
+        """Plans a training step, and makes room for a forward without gradients that is larger than all before.
 
-    def _given(self, plan: StepPlan) -> tuple[BatchShape, StepChoices]:
+        A training step is planned here for its embedding and head, and again at its first layer, which knows best.
+        """
+        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if self.budget is None or not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            return
+        if not torch.is_grad_enabled():
+            self.budget.before_evaluation(tokens.shape[0], tokens.shape[1])
+        elif self.layers[0].on_sweep is not None:
+            self.layers[0].on_sweep(tokens.shape[0], tokens.shape[1])
+
+    def _given(self, plan: StepPlan) -> tuple[BatchShape, Planned]:
         """What somebody has planned for this model."""
         if plan.num_layers != len(self.layers):
             raise ValueError(
                 f"choices is a plan for {plan.model}, which has {plan.num_layers} layers; this model has "
                 f"{len(self.layers)}. Plan the model that is trained"
             )
-        return BatchShape(plan.batch_size, plan.seq_len), plan.choices
+        return BatchShape(plan.batch_size, plan.seq_len), Planned(plan.choices, plan.activation_bytes)
 
-    def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
+    def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> Planned:
         """How to run within so many bytes of VRAM; whole batches with everything there where that cannot be planned."""
         config = replace(self.config, vram_budget="min" if budget_bytes is None else max(1, budget_bytes))
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -467,9 +474,9 @@ class _Runtime:
                 "and layers become resident by what is measured",
                 stacklevel=2,
             )
-            return StepChoices(micro_batch_size=self.config.micro_batch_size)
+            return Planned(StepChoices(micro_batch_size=self.config.micro_batch_size))
         logger.info("planned for %d x %d tokens: %s", batch_size, seq_len, plan)
-        return plan.choices
+        return Planned(plan.choices, plan.activation_bytes)
 
     def _cost(self, batch_size: int, seq_len: int, options: PlanOptions) -> StepCost:
         """What a step takes, counted anew; the step that is about to begin must not notice."""
@@ -511,10 +518,9 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             raise RuntimeError(COMPILE_MESSAGE)
         if torch.is_grad_enabled():
             refuse_lost_outputs(type(self).__name__, self.config, kwargs)
-        else:
-            _runtime_of(self).before_evaluation(*args[:1], **kwargs)
         surroundings = Surroundings(_runtime_of(self).streamer.device)
         try:
+            _runtime_of(self).before_forward(*args[:1], **kwargs)
             return _runtime_of(self).loss.forward(*args, **kwargs)
         except BaseException:
             surroundings.put_back()

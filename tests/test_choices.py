@@ -33,6 +33,7 @@ from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS
 from hf_lema.planning.planner import plan_stock
 from hf_lema.planning.step_cost import PlanOptions
+from hf_lema.runtime.residency import Planned
 from hf_lema.wrapper import apply_choices, find_choices, find_streamer
 
 pytestmark = pytest.mark.integration
@@ -210,6 +211,20 @@ def test_the_budget_hears_of_forwards_without_gradients_by_their_shape() -> None
     assert heard == [(3, rows["input_ids"].shape[1]), (2, rows["input_ids"].shape[1]), (1, 5)]
 
 
+def test_a_first_training_step_is_planned_before_its_embedding_and_again_where_a_layer_knows_better() -> None:
+    with closing(prepare(ORDERS[0])) as model:
+        heard: list[Any] = []
+        runtime = model.get_base_model().__dict__["_lema_runtime"]
+        runtime.layers[0].on_sweep = lambda *shape: heard.append(shape)
+        embedding = model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda *_: heard.append("embedding"))
+        rows = batch(3)
+        shape = tuple(rows["input_ids"].shape)
+        forward_backward(model, rows)
+        hook.remove()
+    assert heard == [shape, "embedding", shape]
+
+
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
     quantization: str | None, monkeypatch: pytest.MonkeyPatch
@@ -219,21 +234,21 @@ def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
     with closing(prepare(ORDERS[0], base, config=LemaConfig(quantization=quantization))) as model:
         runtime = model.get_base_model().__dict__["_lema_runtime"]
         before = torch.get_rng_state()
-        least = runtime._plan(4, 16, None)
+        least = runtime._plan(4, 16, None).choices
         assert least.outside_in_ram
         assert not least.resident_layers
         runtime.config = replace(runtime.config, micro_batch_size=3)  # what a user states is no choice any more
-        assert {runtime._plan(4, 16, budget).micro_batch_size for budget in (None, 2**30)} == {3}
+        assert {runtime._plan(4, 16, budget).choices.micro_batch_size for budget in (None, 2**30)} == {3}
         runtime.config = replace(runtime.config, micro_batch_size=0)
         every = tuple(range(NUM_LAYERS))
         kept = () if quantization else every  # layers in 4 bits recompute
-        assert runtime._plan(4, 16, 2**30) == StepChoices(resident_layers=every, kept_layers=kept)
+        assert runtime._plan(4, 16, 2**30).choices == StepChoices(resident_layers=every, kept_layers=kept)
         with pytest.raises(ValueError, match="least that works"):
             runtime._plan(4, 16, 2**20)
         assert torch.equal(torch.get_rng_state(), before)
         # The RAM that the layers hold is theirs: a machine that has little left beside them is no reason to refuse.
         monkeypatch.setattr("hf_lema.wrapper.available_host_bytes", lambda: RAM_HEAD_ROOM_BYTES)
-        assert runtime._plan(4, 16, 2**30).resident_layers == tuple(range(NUM_LAYERS))
+        assert runtime._plan(4, 16, 2**30).choices.resident_layers == tuple(range(NUM_LAYERS))
 
 
 def test_a_model_that_cannot_be_planned_says_so_and_runs_on_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,5 +257,5 @@ def test_a_model_that_cannot_be_planned_says_so_and_runs_on_the_whole_batch(monk
     base.config._experts_implementation = "eager"  # which experts compute depends on values
     with closing(prepare(ORDERS[0], base, lora("mixtral"))) as model:
         with pytest.warns(UserWarning, match="cannot be planned"):
-            choices = model.get_base_model().__dict__["_lema_runtime"]._plan(2, 8, None)
-        assert choices == StepChoices()
+            planned = model.get_base_model().__dict__["_lema_runtime"]._plan(2, 8, None)
+        assert planned == Planned(StepChoices())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, VramBudget, free_vram_bytes
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, Planned, VramBudget, free_vram_bytes
 from hf_lema.runtime.schedule import spread_evenly
 
 GIB, MIB = 2**30, 2**20
@@ -97,15 +98,16 @@ class FakePlanner:
     def __init__(self, streamer: FakeStreamer, ways: dict[int, StepChoices] | None = None) -> None:
         self.streamer = streamer
         self.ways = ways or {0: StepChoices(resident_layers=(1, 2))}  # a plan's own residents are not taken over
+        self.activation_bytes = 0
         self.asked: list[tuple[int, int, int | None]] = []
         self.applied: list[StepChoices] = []
 
-    def plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> StepChoices:
+    def plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> Planned:
         self.asked.append((batch_size, seq_len, budget_bytes))
         fitting = [nbytes for nbytes in self.ways if budget_bytes is None or nbytes <= budget_bytes]
         if not fitting:
             raise ValueError(f"the least that works is {min(self.ways)}")
-        return self.ways[min(fitting) if budget_bytes is None else max(fitting)]
+        return Planned(self.ways[min(fitting) if budget_bytes is None else max(fitting)], self.activation_bytes)
 
     def apply(self, choices: StepChoices) -> None:
         self.applied.append(choices)
@@ -117,7 +119,7 @@ def make_budget(
     other_bytes: int = GIB // 2,
     movable_bytes: int = 0,
     planner: FakePlanner | None = None,
-    given: tuple[BatchShape, StepChoices] | None = None,
+    given: tuple[BatchShape, Planned] | None = None,
     **config: Any,
 ) -> VramBudget:
     planner = planner or FakePlanner(streamer)
@@ -399,11 +401,45 @@ def test_a_larger_evaluation_sends_the_layers_back_and_is_measured_with_the_step
     assert planner.asked == [(1, 512, 6 * GIB)], "an evaluation is not planned"
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+def test_activations_get_one_segment_before_the_first_step_and_residents_settle_beside_it(
+    is_given: bool, card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamer, alive, log = FakeStreamer(), weakref.WeakSet[torch.Tensor](), []
+
+    def take(nbytes: int, device: torch.device) -> torch.Tensor:
+        assert device == CUDA
+        segment = torch.empty(nbytes // MIB)
+        alive.add(segment)
+        log.append(f"take {nbytes // MIB}")
+        return segment
+
+    def apply(choices: StepChoices) -> None:
+        log.append(f"{len(choices.resident_layers)} resident, {len(alive)} held")
+        planner.applied.append(choices)
+        streamer.set_resident(choices.resident_layers)
+
+    monkeypatch.setattr("hf_lema.runtime.residency.take_segment", take)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    planner = FakePlanner(streamer)
+    planner.activation_bytes, planner.apply = 700 * MIB, apply  # type: ignore[method-assign]
+    given = (BatchShape(8, 512), Planned(StepChoices(), 700 * MIB)) if is_given else None
+    budget = make_budget(streamer, planner=planner, given=given, vram_budget="6GiB")
+    first = ["0 resident, 0 held", "empty", "take 700"]
+    if is_given:
+        assert log == first[:1], "what is loaded after the wrapping is not there yet"
+    train(budget)
+    assert log == first
+    train(budget, 3)
+    assert log == (first if is_given else [*first, "take 700", "7 resident, 1 held"])
+    assert not alive
+
+
 def test_a_plan_that_was_given_holds_until_a_batch_is_larger(card: FakeCard) -> None:
     streamer = FakeStreamer()
     planner = planner_of_three(streamer)
     given = StepChoices(micro_batch_size=2, resident_layers=(3, 5))
-    budget = make_budget(streamer, planner=planner, given=(BatchShape(8, 512), given), vram_budget="6GiB")
+    budget = make_budget(streamer, planner=planner, given=(BatchShape(8, 512), Planned(given)), vram_budget="6GiB")
     train(budget, 4)
     train(budget, 2, num_tokens=512)
     assert planner.applied == [given]

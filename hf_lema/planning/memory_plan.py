@@ -233,6 +233,11 @@ class MemoryPlan:
         return max(self.phases, key=lambda phase: phase.nbytes)
 
     @property
+    def activation_bytes(self) -> int:
+        """The most that a part under way needs, beside what waits for the backward."""
+        return max(phase.activation_bytes for phase in self.phases)
+
+    @property
     def vram_bytes(self) -> int:
         """Peak of what the allocator hands out (``torch.cuda.max_memory_allocated``)."""
         return self.always_bytes + self.peak.nbytes

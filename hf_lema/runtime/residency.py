@@ -14,6 +14,12 @@ more tokens, and attention may take their square), is planned anew before its fi
 shape that has both, the most tokens and the longest sequence. A batch within that shape, but not within one that ran
 since layers became resident, sends them back first and is measured too: a peak that nobody has seen yet must not meet a
 card that is full. An evaluation is not planned, but larger ones than any before send the layers back in the same way.
+
+Note [one segment]: PyTorch's allocator takes a segment of the device for each large tensor that fits into none that it
+has. Segments do not join, so the sizes of a first step decide what the later ones fit into. Before a plan's first step
+one segment is taken for what its largest phase computes, and given to the allocator, which cuts it up and joins it
+again: 8 x 512 tokens of a 7B model in micro-batches of 4 reserve 6 % less so, of 2 13 % (recipes/LOG.md). While layers
+become resident it is held, or they would settle in it.
 """
 
 from __future__ import annotations
@@ -51,11 +57,29 @@ def free_vram_bytes(device: torch.device) -> int:
     return min(free_bytes + reserved_bytes, int(total_bytes * fraction)) - torch.cuda.memory_allocated(device)
 
 
-Plan = Callable[[int, int, int | None], StepChoices]
+@dataclass(frozen=True)
+class Planned:
+    """How to run, and what that computes with.
+
+    Attributes:
+        choices: How.
+        activation_bytes: What the largest part under way needs; see Note [one segment]. 0 where nobody knows.
+    """
+
+    choices: StepChoices
+    activation_bytes: int = 0
+
+
+Plan = Callable[[int, int, int | None], Planned]
 """Batch size, tokens of a sequence and bytes to stay within (None for as few as are sensible) -> how to run.
 
 Raises ValueError where nothing fits.
 """
+
+
+def take_segment(nbytes: int, device: torch.device) -> torch.Tensor:
+    """So many bytes of the device in one piece, which stays with the allocator when the tensor goes."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True)
@@ -106,7 +130,7 @@ class VramBudget:
         movable_bytes: int,
         plan: Plan,
         apply: Callable[[StepChoices], None],
-        given: tuple[BatchShape, StepChoices] | None = None,
+        given: tuple[BatchShape, Planned] | None = None,
     ) -> None:
         self._config = config
         self._streamer = streamer
@@ -114,7 +138,9 @@ class VramBudget:
         self._apply = apply
         self._given = given
         self._num_updates = 0
-        self._shape, self._choices = given or (BatchShape(0, 0), StepChoices())
+        self._shape, planned = given or (BatchShape(0, 0), Planned(StepChoices()))
+        self._choices, self._activation_bytes = planned.choices, planned.activation_bytes
+        self._lacks_segment = given is not None
         self._ran = [self._shape]  # shapes whose peaks the measured memory has, or will have, seen
         self._evaluated: list[BatchShape] = []  # the same, of evaluations
         self._reserved_bytes = 0  # the most that steps with nothing resident took, run as they are now
@@ -180,6 +206,8 @@ class VramBudget:
             self._shape = self._shape.joined(shape)
             self._planned_bytes = self.budget_bytes
             self._run_as(self._choose())
+        if self._lacks_segment:
+            self._clear_cache()
         if self.budget_bytes is None:
             return
         if not any(seen.covers(shape) for seen in self._ran):
@@ -187,7 +215,7 @@ class VramBudget:
         if self._choices.kept_layers and self._num_updates and not self._is_cache_clean:
             # Layers that keep activations prove in their first visit that they may, on copies of their weights.
             self._is_cache_clean = True
-            torch.cuda.empty_cache()  # noqa: TID251 - between the first steps of a plan
+            self._clear_cache()
         if not self._measured and self._num_updates >= _NUM_MEASURED_UPDATES:
             self._measured = True
             self._reserved_bytes = max(self._reserved_bytes, torch.cuda.memory_reserved(self._streamer.device))
@@ -217,23 +245,37 @@ class VramBudget:
         """Takes every layer off the device."""
         self._choices = replace(self._choices, resident_layers=())
         self._apply(self._choices)
-        # Reserved memory then grows back to what the step needs; rare, and never inside a step.
-        torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a larger batch comes or a plan was too large
+        self._clear_cache()
 
-    def _choose(self) -> StepChoices:
+    def _clear_cache(self) -> None:
+        """Gives back what the allocator holds for nobody, but for one segment; see Note [one segment].
+
+        Reserved memory then grows back to what the step needs; rare, and never inside a step.
+        """
+        torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a larger batch comes or a plan was too large
+        self._lacks_segment = False
+        self._take_segment()
+
+    def _take_segment(self) -> torch.Tensor | None:
+        return take_segment(self._activation_bytes, self._streamer.device) if self._activation_bytes else None
+
+    def _choose(self) -> Planned:
         """How to run by the plan, with nothing resident."""
         try:
-            choices = self._plan(self._shape.batch_size, self._shape.seq_len, self._planned_bytes)
+            planned = self._plan(self._shape.batch_size, self._shape.seq_len, self._planned_bytes)
         except ValueError as error:
             if self._config.vram_budget != "auto":
                 raise
             warnings.warn(f"{error} Training goes on with what takes least.", stacklevel=2)
-            choices = self._plan(self._shape.batch_size, self._shape.seq_len, None)
-        self._num_planned = len(choices.resident_layers)
-        return replace(choices, resident_layers=())
+            planned = self._plan(self._shape.batch_size, self._shape.seq_len, None)
+        return self._without_residents(planned)
 
-    def _run_as(self, choices: StepChoices) -> None:
-        self._choices = choices
+    def _without_residents(self, planned: Planned) -> Planned:
+        self._num_planned = len(planned.choices.resident_layers)
+        return replace(planned, choices=replace(planned.choices, resident_layers=()))
+
+    def _run_as(self, planned: Planned) -> None:
+        self._choices, self._activation_bytes = planned.choices, planned.activation_bytes
         self._num_updates, self._measured, self._is_cache_clean = 0, False, False
         self._ran, self._evaluated, self._reserved_bytes = [], [], 0
         self._send_back()
@@ -254,7 +296,9 @@ class VramBudget:
         num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))
         resident = choose_resident(num_resident, layers, self._streamer.host_store.file_layers)
         self._choices = replace(self._choices, resident_layers=resident)
+        held = self._take_segment()
         self._apply(self._choices)
+        del held
         if num_resident == len(layers) > 0:
             logger.warning(
                 "the VRAM budget of %s holds every layer: nothing is streamed any more. Stock PEFT without hf_lema "
@@ -265,20 +309,20 @@ class VramBudget:
     def _plan_less(self, excess_bytes: int) -> bool:
         """Plans with so many bytes less; whether there is another way to run."""
         assert self._planned_bytes is not None
-        choices = self._choices
-        if choices.kept_layers:
+        planned = Planned(self._choices, self._activation_bytes)
+        if self._choices.kept_layers:
             excess_bytes += self._num_planned * self._streamer.layer_bytes
         # A model that cannot be planned gets the same answer whatever is left.
-        while choices == self._choices and self._planned_bytes > excess_bytes:
+        while planned.choices == self._choices and self._planned_bytes > excess_bytes:
             self._planned_bytes -= excess_bytes
             try:
                 plan = self._plan(self._shape.batch_size, self._shape.seq_len, self._planned_bytes)
-                choices, self._num_planned = replace(plan, resident_layers=()), len(plan.resident_layers)
             except ValueError:  # what takes least is running already, but for kept activations
                 break
-        if choices == self._choices:
-            choices = replace(choices, kept_layers=())
-        if choices == self._choices:
+            planned = self._without_residents(plan)
+        if planned.choices == self._choices:
+            planned = replace(planned, choices=replace(self._choices, kept_layers=()))
+        if planned.choices == self._choices:
             return False
-        self._run_as(choices)
+        self._run_as(planned)
         return True

@@ -140,14 +140,17 @@ class LayerStreamer:
     def set_resident(self, layers: Sequence[int]) -> None:
         """Keeps these layers on the device from now on and streams the others. Only between steps.
 
-        Their weights are copied at their next visit; the host copy stays, so that a resident layer can be streamed
-        again at once.
+        They get their memory at once, and their weights at their next visit; the host copy stays, so that a resident
+        layer can be streamed again at once.
         """
         unknown = [i for i in layers if i not in self.host_store.layouts]
         if unknown:
             raise ValueError(f"layers {unknown} are not streamed; streamed layers are {list(self.streamable_layers)}")
-        self._residents = {i: self._residents.get(i) or _Resident() for i in layers}
+        self._residents = {i: self._residents.get(i) or self._new_resident(i) for i in layers}
         self._schedule = Schedule([i for i in self.streamable_layers if i not in self._residents])
+
+    def _new_resident(self, layer_idx: int) -> _Resident:
+        return _Resident(self.host_store.layouts[layer_idx].nbytes, self.device)
 
     def is_in_place(self, layer_idx: int) -> bool:
         """Whether a resident layer is on the device already, so that every visit is lent the same memory."""
@@ -206,7 +209,7 @@ class LayerStreamer:
             with self._wait_clock.around():
                 slot.ready_event.wait()
             if resident is not None:
-                resident.keep(slot, layout.nbytes)
+                resident.keep(slot)
             yield slot.parameters(layout)
         finally:
             slot.released_event.record()
@@ -239,7 +242,7 @@ class LayerStreamer:
 
     def _forget(self, layer_idx: int) -> None:
         if layer_idx in self._residents:
-            self._residents[layer_idx] = _Resident()
+            self._residents[layer_idx] = self._new_resident(layer_idx)
         if self._prefetcher is not None and not self.closed:
             self._prefetcher.invalidate(layer_idx)
 
@@ -280,12 +283,14 @@ def _close_from_anywhere(owned: list[Closeable], owner_pid: int) -> None:
 class _Resident:
     """A layer that stays on the device; its own slot is filled from the shared one at its first visit."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.slot: Slot | None = None
 
-    def keep(self, slot: Slot, nbytes: int) -> None:
+    def keep(self, slot: Slot) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            own = Slot(-1, slot.buffer[:nbytes].clone())
+            own = Slot(-1, self._buffer.copy_(slot.buffer[: len(self._buffer)]))
         own.move_to(SlotState.FILLING, slot.layer_idx)
         own.move_to(SlotState.READY, slot.layer_idx)
         self.slot = own
