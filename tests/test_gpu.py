@@ -40,6 +40,7 @@ from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
 from hf_lema.planning.meter import ByteMeter
 from hf_lema.runtime.host_memory import HostBuffer
 from hf_lema.runtime.numa import near_current_card, node_of_card
+from hf_lema.runtime.residency import hold_free, take_segment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -369,6 +370,23 @@ def test_kept_layers_change_no_number_take_the_memory_of_their_graphs_and_start_
     assert abs(kernels[2][0] - kernels[0][0]) <= 4
     saved = kernels[0][1] - kernels[2][1]
     assert saved >= 2 * 0.8 * kernels[0][0] / (NUM_LAYERS + 1)
+
+
+def test_what_is_held_is_given_to_nobody_else() -> None:
+    device, mib = torch.device("cuda", torch.cuda.current_device()), 2**20
+    allocated_bytes()
+    torch.cuda.empty_cache()
+    take_segment(64 * mib, device)
+    reserved_bytes = torch.cuda.memory_reserved(device)
+    held = hold_free(16 * mib, device)
+    assert 64 * mib in [tensor.nbytes for tensor in held]
+    assert torch.cuda.memory_reserved(device) == reserved_bytes
+    other = torch.empty(16 * mib, dtype=torch.uint8, device=device)
+    assert torch.cuda.memory_reserved(device) == reserved_bytes + other.nbytes
+    del held
+    again = torch.empty(48 * mib, dtype=torch.uint8, device=device)
+    assert torch.cuda.memory_reserved(device) == reserved_bytes + other.nbytes
+    del again
 
 
 @pytest.mark.parametrize("budget", ["auto", "five layers"])

@@ -17,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, Planned, VramBudget, free_vram_bytes
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, Planned, VramBudget, free_vram_bytes, hold_free
 from hf_lema.runtime.schedule import spread_evenly
 
 GIB, MIB = 2**30, 2**20
@@ -72,6 +72,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: card.allocated_bytes)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device=None: card.fraction)
     monkeypatch.setattr(torch.cuda, "empty_cache", card.empty_cache)
+    monkeypatch.setattr("hf_lema.runtime.residency.hold_free", lambda least_bytes, device: [])
     return card
 
 
@@ -407,32 +408,48 @@ def test_activations_get_one_segment_before_the_first_step_and_residents_settle_
 ) -> None:
     streamer, alive, log = FakeStreamer(), weakref.WeakSet[torch.Tensor](), []
 
-    def take(nbytes: int, device: torch.device) -> torch.Tensor:
-        assert device == CUDA
-        segment = torch.empty(nbytes // MIB)
-        alive.add(segment)
-        log.append(f"take {nbytes // MIB}")
-        return segment
+    def hold(least_bytes: int, device: torch.device) -> list[torch.Tensor]:
+        assert (least_bytes, device) == (streamer.layer_bytes, CUDA)
+        held = [torch.empty(1)]
+        alive.update(held)
+        return held
 
     def apply(choices: StepChoices) -> None:
         log.append(f"{len(choices.resident_layers)} resident, {len(alive)} held")
-        planner.applied.append(choices)
         streamer.set_resident(choices.resident_layers)
 
-    monkeypatch.setattr("hf_lema.runtime.residency.take_segment", take)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    monkeypatch.setattr("hf_lema.runtime.residency.take_segment", lambda nbytes, device: log.append(f"{nbytes} taken"))
+    monkeypatch.setattr("hf_lema.runtime.residency.hold_free", hold)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("emptied"))
     planner = FakePlanner(streamer)
-    planner.activation_bytes, planner.apply = 700 * MIB, apply  # type: ignore[method-assign]
-    given = (BatchShape(8, 512), Planned(StepChoices(), 700 * MIB)) if is_given else None
+    planner.activation_bytes, planner.apply = 700, apply  # type: ignore[method-assign]
+    given = (BatchShape(8, 512), Planned(StepChoices(), 700)) if is_given else None
     budget = make_budget(streamer, planner=planner, given=given, vram_budget="6GiB")
-    first = ["0 resident, 0 held", "empty", "take 700"]
+    first = ["0 resident, 0 held", "emptied", "700 taken"]
     if is_given:
         assert log == first[:1], "what is loaded after the wrapping is not there yet"
     train(budget)
     assert log == first
     train(budget, 3)
-    assert log == (first if is_given else [*first, "take 700", "7 resident, 1 held"])
+    assert log == (first if is_given else [*first, "7 resident, 1 held"])
     assert not alive
+
+
+def test_what_is_held_is_every_large_free_piece_of_this_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def segment(device: int, stream: int, *blocks: tuple[int, str]) -> dict[str, Any]:
+        return {"device": device, "stream": stream, "blocks": [{"size": n, "state": state} for n, state in blocks]}
+
+    snapshot = [
+        segment(0, 7, (400, "inactive"), (500, "active_allocated"), (900, "inactive")),
+        segment(0, 7, (399, "inactive"), (401, "active_pending_free"), (600, "inactive")),
+        segment(0, 0, (1000, "inactive")),
+        segment(1, 7, (1000, "inactive")),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+    stream = SimpleNamespace(device_index=0, cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    held = hold_free(400, torch.device("cpu"))
+    assert [tensor.nbytes for tensor in held] == [900, 600, 400]
 
 
 def test_a_plan_that_was_given_holds_until_a_batch_is_larger(card: FakeCard) -> None:

@@ -18,8 +18,7 @@ card that is full. An evaluation is not planned, but larger ones than any before
 Note [one segment]: PyTorch's allocator takes a segment of the device for each large tensor that fits into none that it
 has. Segments do not join, so the sizes of a first step decide what the later ones fit into. Before a plan's first step
 one segment is taken for what its largest phase computes, and given to the allocator, which cuts it up and joins it
-again: 8 x 512 tokens of a 7B model in micro-batches of 4 reserve 6 % less so, of 2 13 % (recipes/LOG.md). While layers
-become resident it is held, or they would settle in it.
+again. While layers become resident what is free of it is held, or they would settle in it.
 """
 
 from __future__ import annotations
@@ -77,9 +76,26 @@ Raises ValueError where nothing fits.
 """
 
 
-def take_segment(nbytes: int, device: torch.device) -> torch.Tensor:
-    """So many bytes of the device in one piece, which stays with the allocator when the tensor goes."""
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+def take_segment(nbytes: int, device: torch.device) -> None:
+    """Has the allocator keep so many bytes of the device in one piece."""
+    torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def hold_free(least_bytes: int, device: torch.device) -> list[torch.Tensor]:
+    """Everything that the allocator has free for this stream in pieces of so many bytes or more.
+
+    While the tensors live, what is so large gets memory of its own.
+    """
+    stream = torch.cuda.current_stream(device)
+    segments = [
+        segment
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == stream.device_index and segment["stream"] == stream.cuda_stream
+    ]
+    blocks = [block for segment in segments for block in segment["blocks"] if block["state"] == "inactive"]
+    # The allocator takes the smallest piece that is large enough: the largest first, and each gets its own.
+    sizes = sorted((block["size"] for block in blocks if block["size"] >= least_bytes), reverse=True)
+    return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -254,10 +270,8 @@ class VramBudget:
         """
         torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a larger batch comes or a plan was too large
         self._lacks_segment = False
-        self._take_segment()
-
-    def _take_segment(self) -> torch.Tensor | None:
-        return take_segment(self._activation_bytes, self._streamer.device) if self._activation_bytes else None
+        if self._activation_bytes:
+            take_segment(self._activation_bytes, self._streamer.device)
 
     def _choose(self) -> Planned:
         """How to run by the plan, with nothing resident."""
@@ -296,7 +310,7 @@ class VramBudget:
         num_resident = min(max(0, spare_bytes) // max(1, self._streamer.layer_bytes), len(layers))
         resident = choose_resident(num_resident, layers, self._streamer.host_store.file_layers)
         self._choices = replace(self._choices, resident_layers=resident)
-        held = self._take_segment()
+        held = hold_free(self._streamer.layer_bytes, self._streamer.device) if num_resident else []
         self._apply(self._choices)
         del held
         if num_resident == len(layers) > 0:
