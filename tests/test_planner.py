@@ -33,7 +33,7 @@ from hf_lema.planning.plan_table import (
     format_plans,
     plan_as_dict,
 )
-from hf_lema.planning.planner import KEPT_GAPS, TILE_TOKENS, best_plan, plan_memory, plan_stock, stock_plan
+from hf_lema.planning.planner import GAPS, TILE_TOKENS, best_plan, plan_memory, plan_stock, stock_plan
 from hf_lema.planning.rehearsal import Rehearsal
 from hf_lema.planning.step_cost import PlanOptions, StepCost
 from hf_lema.runtime.host_store import RamStore
@@ -422,14 +422,28 @@ def test_larger_budget_is_spent_on_kept_layers_where_computing_takes_the_time(sm
     assert plan(fast, budgets[-1], num_kept=0).time.step_s > steps_s[-1]
 
 
+def test_resident_layers_leave_room_for_gaps_which_the_least_may_lack(small_cost: StepCost) -> None:
+    fixed = {"boundaries": "ram", "embedding_and_head": "ram", "micro_batch_size": 1, "num_kept": 0}
+    least = plan(small_cost, "min", **fixed)
+    gaps_bytes = max(phase.nbytes + int(GAPS * phase.activation_bytes) for phase in least.phases) - least.peak.nbytes
+    assert gaps_bytes > 0
+    room_bytes = least.vram_bytes + gaps_bytes + least.slots_bytes // 2
+
+    assert len(plan(small_cost, room_bytes, **fixed).resident_layers) == 1
+    assert plan(small_cost, room_bytes - 1, **fixed).resident_layers == ()
+    assert plan(small_cost, least.vram_bytes, **fixed).vram_bytes == least.vram_bytes
+    with pytest.raises(ValueError, match=f"the least that works is .*{least.vram_bytes} bytes"):
+        plan(small_cost, least.vram_bytes - 1, **fixed)
+
+
 def test_kept_layers_leave_room_for_gaps_and_for_copies_of_weights_in_their_first_visit(small_cost: StepCost) -> None:
     fixed = {"micro_batch_size": 4, "boundaries": "vram", "embedding_and_head": "vram", "num_resident": 0}
     kept = plan(small_cost, "min", num_kept=8, **fixed)
     forward = kept.phases[0]
     slot_bytes = kept.slots_bytes // 2
     needed = kept.always_bytes + max(
-        forward.nbytes + int(KEPT_GAPS * forward.kept_bytes) + slot_bytes,
-        *(phase.nbytes + int(KEPT_GAPS * phase.kept_bytes) for phase in kept.phases[1:]),
+        forward.nbytes + int(GAPS * (forward.kept_bytes + forward.activation_bytes)) + slot_bytes,
+        *(phase.nbytes + int(GAPS * (phase.kept_bytes + phase.activation_bytes)) for phase in kept.phases[1:]),
     )
 
     assert needed > kept.vram_bytes

@@ -17,7 +17,15 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, Planned, VramBudget, free_vram_bytes, hold_free
+from hf_lema.runtime.residency import (
+    HEAD_ROOM_BYTES,
+    BatchShape,
+    Planned,
+    VramBudget,
+    free_vram_bytes,
+    hold_free,
+    take_segment,
+)
 from hf_lema.runtime.schedule import spread_evenly
 
 GIB, MIB = 2**30, 2**20
@@ -433,6 +441,34 @@ def test_activations_get_one_segment_before_the_first_step_and_residents_settle_
     train(budget, 3)
     assert log == (first if is_given else [*first, "7 resident, 1 held"])
     assert not alive
+
+
+def test_where_activations_are_kept_their_segment_comes_before_the_second_step(
+    card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr("hf_lema.runtime.residency.take_segment", lambda nbytes, device: taken.append(nbytes))
+    streamer = FakeStreamer()
+    planner = FakePlanner(streamer, {0: StepChoices(kept_layers=(31,))})
+    planner.activation_bytes = 700
+    budget = make_budget(streamer, planner=planner, vram_budget="6GiB")
+    train(budget)
+    assert taken == []
+    train(budget)
+    assert taken == [700]
+    train(budget, 3)
+    assert taken == [700]
+
+
+@pytest.mark.parametrize(("free", "is_taken"), [((), True), ((349, 20), True), ((350,), False), ((900,), False)])
+def test_a_segment_is_not_taken_beside_one_that_serves(
+    free: tuple[int, ...], is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr("hf_lema.runtime.residency._free_pieces", lambda device: list(free))
+    monkeypatch.setattr(torch, "empty", lambda nbytes, **_: taken.append(nbytes))
+    take_segment(700, CUDA)
+    assert taken == ([700] if is_taken else [])
 
 
 def test_what_is_held_is_every_large_free_piece_of_this_stream(monkeypatch: pytest.MonkeyPatch) -> None:

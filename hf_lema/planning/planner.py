@@ -46,9 +46,10 @@ MIN_FORWARD_GAIN = 1.03
 KEPT = (*range(33), 40, 48, 56, 64, 80, 96)
 """How many layers may keep their activations, beside all that train."""
 
-KEPT_GAPS = 0.1
-"""Of kept activations, what they take beside themselves: blocks of many sizes leave gaps in the allocator's memory
-(stock PEFT without gradient checkpointing, all of whose layers keep them, reserved 42.4 GiB for 39.5 on an H100)."""
+GAPS = 0.1
+"""Of activations, what they take of a budget beside themselves: blocks of many sizes leave gaps in the allocator's
+memory (stock PEFT without gradient checkpointing, all of whose layers keep them, reserved 42.4 GiB for 39.5 on an
+H100)."""
 
 MAX_MIN_SLOWDOWN = 1.2
 """Under ``vram_budget="min"``: the step may take so many times the fastest one with nothing resident."""
@@ -265,6 +266,8 @@ class _Search:
                     break
         if not bare:
             raise ValueError(self._ram_message())
+        if not found and budget_bytes is not None:  # whose gaps may go beyond the budget, where nothing else is left
+            found = [plan for plan in bare if plan.vram_bytes <= budget_bytes and not plan.kept_layers]
         if not found:
             assert budget_bytes is not None
             raise ValueError(self._vram_message(budget_bytes, min(bare, key=lambda plan: plan.vram_bytes)))
@@ -350,11 +353,11 @@ class _Search:
         return sorted({n for n in (*KEPT, self._num_trained) if n <= most})
 
     def _taken_bytes(self, plan: MemoryPlan) -> int:
-        """What a plan takes of a budget: its peak, the gaps between kept activations, and once copies of weights.
+        """What a plan takes of a budget: its peak, the gaps between activations, and once copies of weights.
 
         The first kept visit of a layer whose weights move runs on such copies.
         """
-        bytes_of = [phase.nbytes + int(KEPT_GAPS * phase.kept_bytes) for phase in plan.phases]
+        bytes_of = [phase.nbytes + int(GAPS * (phase.kept_bytes + phase.activation_bytes)) for phase in plan.phases]
         if plan.kept_layers and not self._cost.options.is_packed:
             bytes_of[0] += self._slot_bytes  # the largest forward
         return plan.always_bytes + max(bytes_of)
@@ -374,7 +377,7 @@ class _Search:
         for choice, num_kept in ((way, n) for way in ways for n in self._kept_numbers(way)):
             plan = self._plan(choice, 0, num_kept)
             loss = plan.phases[-2]
-            spare_bytes = budget_bytes - plan.always_bytes - loss.nbytes - int(KEPT_GAPS * loss.kept_bytes)
+            spare_bytes = budget_bytes - plan.always_bytes - loss.nbytes - int(GAPS * loss.kept_bytes)
             if spare_bytes >= 0:
                 least_s = min(least_s, self._plan(choice, self._num_fitting(spare_bytes), num_kept).time.step_s)
         return least_s
@@ -396,7 +399,7 @@ class _Search:
         best = plan
         for num_kept in self._kept_numbers(choice)[1:]:
             kept = self._plan(choice, 0, num_kept)
-            if self._taken_bytes(kept) > plan.vram_bytes:
+            if self._taken_bytes(kept) > self._taken_bytes(plan):
                 break
             best = min(best, kept, key=lambda found: found.time.step_s)
         return best

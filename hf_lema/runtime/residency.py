@@ -17,8 +17,11 @@ card that is full. An evaluation is not planned, but larger ones than any before
 
 Note [one segment]: PyTorch's allocator takes a segment of the device for each large tensor that fits into none that it
 has. Segments do not join, so the sizes of a first step decide what the later ones fit into. Before a plan's first step
-one segment is taken for what its largest phase computes, and given to the allocator, which cuts it up and joins it
-again. While layers become resident what is free of it is held, or they would settle in it.
+one segment is taken for what its largest phase computes with, and left to the allocator, which cuts it up and joins it
+again. What is made in that step and stays (workspaces of cuBLAS, the ring of boundary activations) lies in it then, so
+it is never given back; a later plan uses the rest. Where layers keep activations it is taken before the second step:
+the copies of the first would cut it up for good. While layers become resident what is free of it is held, or they would
+settle in it.
 """
 
 from __future__ import annotations
@@ -77,8 +80,9 @@ Raises ValueError where nothing fits.
 
 
 def take_segment(nbytes: int, device: torch.device) -> None:
-    """Has the allocator keep so many bytes of the device in one piece."""
-    torch.empty(nbytes, dtype=torch.uint8, device=device)
+    """Has the allocator keep so many bytes in one piece, unless it has half as many: most of what it is for."""
+    if max(_free_pieces(device), default=0) < nbytes // 2:
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def hold_free(least_bytes: int, device: torch.device) -> list[torch.Tensor]:
@@ -86,16 +90,21 @@ def hold_free(least_bytes: int, device: torch.device) -> list[torch.Tensor]:
 
     While the tensors live, what is so large gets memory of its own.
     """
+    # The allocator takes the smallest piece that is large enough: the largest first, and each gets its own.
+    sizes = sorted((size for size in _free_pieces(device) if size >= least_bytes), reverse=True)
+    return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+
+
+def _free_pieces(device: torch.device) -> list[int]:
+    """Bytes of each piece that the allocator has free for this stream."""
     stream = torch.cuda.current_stream(device)
-    segments = [
-        segment
+    return [
+        block["size"]
         for segment in torch.cuda.memory_snapshot()
         if segment["device"] == stream.device_index and segment["stream"] == stream.cuda_stream
+        for block in segment["blocks"]
+        if block["state"] == "inactive"
     ]
-    blocks = [block for segment in segments for block in segment["blocks"] if block["state"] == "inactive"]
-    # The allocator takes the smallest piece that is large enough: the largest first, and each gets its own.
-    sizes = sorted((block["size"] for block in blocks if block["size"] >= least_bytes), reverse=True)
-    return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -270,7 +279,7 @@ class VramBudget:
         """
         torch.cuda.empty_cache()  # noqa: TID251 - between steps, when a larger batch comes or a plan was too large
         self._lacks_segment = False
-        if self._activation_bytes:
+        if self._activation_bytes and (self._is_cache_clean or not self._choices.kept_layers):
             take_segment(self._activation_bytes, self._streamer.device)
 
     def _choose(self) -> Planned:
