@@ -61,7 +61,8 @@ def _busy(finished: Sequence[Outcome]) -> list[str]:
         if used_bytes is not None and used_bytes > MAX_CONTEXT_BYTES:
             name, used = outcome.result.name, format_bytes(used_bytes)
             sentences.append(f"BEWARE: the card was not idle when {name} began, {used} were in use.")
-    num_cpus = len(os.sched_getaffinity(0))
+    here = len(os.sched_getaffinity(0))
+    num_cpus = min(outcome.environment.get("num_cpus_usable") or here for outcome in finished)  # kept runs have theirs
     loads = [outcome.details.get("num_load_average_1_min") or 0.0 for outcome in finished]
     if max(loads) > num_cpus:
         span = f"{min(loads):.1f} to {max(loads):.1f} on {num_cpus} cores"
