@@ -40,7 +40,7 @@ from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
 from hf_lema.planning.meter import ByteMeter
 from hf_lema.runtime.host_memory import HostBuffer
 from hf_lema.runtime.numa import near_current_card, node_of_card
-from hf_lema.runtime.residency import hold_free, take_segment
+from hf_lema.runtime.segments import hold_free, take_segment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -46,7 +46,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("layer/layer_proxy", "ProxyState.detach", "clone"): "end of a life: the model is unwrapped",
     ("runtime/slots", "SlotPool.__init__", "torch.empty"): "all device buffers are made here, once",
     ("runtime/prefetcher", "Prefetcher.close", "synchronize"): "end of a life",
-    ("runtime/streamer", "_Resident.keep", "clone"): "once for each resident layer, at its first visit",
+    ("runtime/streamer", "_Resident.__init__", "torch.empty"): "once for each resident layer, between steps",
     ("layer/recompute", "Visit._joined", "torch.cat"): "the gradient that a cut visit hands on, once a visit",
     ("layer/recompute", "Visit.run_kept", "torch.cat"): "the output that a cut visit hands on, once a visit",
     ("layer/recompute", "_with_hidden", "torch.zeros_like"): "where nothing leads to a piece's input",

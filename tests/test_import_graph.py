@@ -44,6 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime/slots": {"torch"},
     "runtime/prefetcher": {"torch"},
     "runtime/streamer": {"torch"},
+    "runtime/segments": {"torch"},
     "runtime/residency": {"torch"},
     "layer/swaps": set(),
     "layer/replay": {"torch"},

@@ -23,10 +23,9 @@ from hf_lema.runtime.residency import (
     Planned,
     VramBudget,
     free_vram_bytes,
-    hold_free,
-    take_segment,
 )
 from hf_lema.runtime.schedule import spread_evenly
+from hf_lema.runtime.segments import hold_free, take_segment
 
 GIB, MIB = 2**30, 2**20
 CUDA = torch.device("cuda", 0)
@@ -465,7 +464,7 @@ def test_a_segment_is_not_taken_beside_one_that_serves(
     free: tuple[int, ...], is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    monkeypatch.setattr("hf_lema.runtime.residency._free_pieces", lambda device: list(free))
+    monkeypatch.setattr("hf_lema.runtime.segments._free_pieces", lambda device: list(free))
     monkeypatch.setattr(torch, "empty", lambda nbytes, **_: taken.append(nbytes))
     take_segment(700, CUDA)
     assert taken == ([700] if is_taken else [])

@@ -14,14 +14,6 @@ more tokens, and attention may take their square), is planned anew before its fi
 shape that has both, the most tokens and the longest sequence. A batch within that shape, but not within one that ran
 since layers became resident, sends them back first and is measured too: a peak that nobody has seen yet must not meet a
 card that is full. An evaluation is not planned, but larger ones than any before send the layers back in the same way.
-
-Note [one segment]: PyTorch's allocator takes a segment of the device for each large tensor that fits into none that it
-has. Segments do not join, so the sizes of a first step decide what the later ones fit into. Before a plan's first step
-one segment is taken for what its largest phase computes with, and left to the allocator, which cuts it up and joins it
-again. What is made in that step and stays (workspaces of cuBLAS, the ring of boundary activations) lies in it then, so
-it is never given back; a later plan uses the rest. Where layers keep activations it is taken before the second step:
-the copies of the first would cut it up for good. While layers become resident what is free of it is held, or they would
-settle in it.
 """
 
 from __future__ import annotations
@@ -38,6 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
 from hf_lema.runtime.schedule import choose_resident
+from hf_lema.runtime.segments import hold_free, take_segment
 from hf_lema.runtime.streamer import LayerStreamer
 from hf_lema.units import GIB, format_bytes
 
@@ -65,7 +58,8 @@ class Planned:
 
     Attributes:
         choices: How.
-        activation_bytes: What the largest part under way needs; see Note [one segment]. 0 where nobody knows.
+        activation_bytes: What the largest part under way needs; 0 where nobody knows. See Note [one segment] in
+            `segments`.
     """
 
     choices: StepChoices
@@ -77,34 +71,6 @@ Plan = Callable[[int, int, int | None], Planned]
 
 Raises ValueError where nothing fits.
 """
-
-
-def take_segment(nbytes: int, device: torch.device) -> None:
-    """Has the allocator keep so many bytes in one piece, unless it has half as many: most of what it is for."""
-    if max(_free_pieces(device), default=0) < nbytes // 2:
-        torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-def hold_free(least_bytes: int, device: torch.device) -> list[torch.Tensor]:
-    """Everything that the allocator has free for this stream in pieces of so many bytes or more.
-
-    While the tensors live, what is so large gets memory of its own.
-    """
-    # The allocator takes the smallest piece that is large enough: the largest first, and each gets its own.
-    sizes = sorted((size for size in _free_pieces(device) if size >= least_bytes), reverse=True)
-    return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-
-
-def _free_pieces(device: torch.device) -> list[int]:
-    """Bytes of each piece that the allocator has free for this stream."""
-    stream = torch.cuda.current_stream(device)
-    return [
-        block["size"]
-        for segment in torch.cuda.memory_snapshot()
-        if segment["device"] == stream.device_index and segment["stream"] == stream.cuda_stream
-        for block in segment["blocks"]
-        if block["state"] == "inactive"
-    ]
 
 
 @dataclass(frozen=True)
@@ -273,7 +239,7 @@ class VramBudget:
         self._clear_cache()
 
     def _clear_cache(self) -> None:
-        """Gives back what the allocator holds for nobody, but for one segment; see Note [one segment].
+        """Gives back what the allocator holds for nobody, but for one segment; see Note [one segment] in `segments`.
 
         Reserved memory then grows back to what the step needs; rare, and never inside a step.
         """
