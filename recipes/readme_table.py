@@ -27,7 +27,7 @@ from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.duel_record import DUEL_KEYS, DuelRecord, read_duels
 from hf_lema.reporting.report import BASELINE_NAME
 from hf_lema.reporting.verdict import verdict
-from hf_lema.units import format_bytes, to_gib
+from hf_lema.units import to_gib
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -105,7 +105,7 @@ def tables(files: Iterable[Path]) -> str:
     jobs: dict[tuple[str, str], list[Line]] = {}
     for path in files:
         for duel in _duels_of(path):
-            jobs.setdefault((_device(duel), _job(duel)), []).extend(_lines(duel, path.name))
+            jobs.setdefault((_device(duel), duel.title), []).extend(_lines(duel, path.name))
     newest = {key: _newest(lines) for key, lines in jobs.items()}
     in_order = sorted(newest, key=lambda key: (not _has_vram(newest[key]), -len(newest[key]), key))
     return "\n\n".join(_table(*key, newest[key]) for key in in_order)
@@ -152,10 +152,10 @@ def _chosen(choices: dict[str, Any]) -> str:
 
 def _with_baseline(duels: Sequence[DuelRecord]) -> list[DuelRecord]:
     """Each line beside the stock PEFT of its job in the file."""
-    stock = {_job(duel): duel.results[0] for duel in duels if duel.results[0].name == BASELINE_NAME}
+    stock = {duel.title: duel.results[0] for duel in duels if duel.results[0].name == BASELINE_NAME}
     return [
-        dataclasses.replace(duel, results=(*duel.results, stock[_job(duel)]))
-        if _job(duel) in stock and duel.results[0].name != BASELINE_NAME
+        dataclasses.replace(duel, results=(*duel.results, stock[duel.title]))
+        if duel.title in stock and duel.results[0].name != BASELINE_NAME
         else duel
         for duel in duels
     ]
@@ -163,14 +163,6 @@ def _with_baseline(duels: Sequence[DuelRecord]) -> list[DuelRecord]:
 
 def _device(duel: DuelRecord) -> str:
     return str(duel.environment.get("gpu_name") or duel.environment.get("cpu_model") or "an unnamed machine")
-
-
-def _job(duel: DuelRecord) -> str:
-    settings = duel.settings
-    parts = [duel.title]
-    if (limit := settings.get("vram_limit_bytes")) is not None:
-        parts.append(f"held to {format_bytes(limit)} of VRAM")
-    return ", ".join(parts)
 
 
 def _lines(duel: DuelRecord, source: str) -> list[Line]:

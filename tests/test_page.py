@@ -119,6 +119,16 @@ def test_a_duel_comes_back_from_its_file(tmp_path: Path) -> None:
     assert duel.plans == {"lema": PLAN}
 
 
+def test_a_duel_on_a_smaller_card_says_so_in_its_title(tmp_path: Path) -> None:
+    record = duel_json(a_result("peft").to_json())
+    record["settings"] |= {"vram_limit_bytes": 16 * 2**30, "num_processes": 2}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(record))
+
+    (duel,) = read_duels([path])
+    assert duel.title == "m, 2 x 96 tokens, fp32, 2 processes, held to 16.00 GiB of VRAM"
+
+
 def test_files_of_the_same_job_and_machine_are_one_duel_and_others_are_not(tmp_path: Path) -> None:
     first, again, other = (tmp_path / f"{name}.json" for name in ("first", "again", "other"))
     first.write_text(json.dumps(duel_json(a_result("peft").to_json(), environment={"git_commit": "c", "time_utc": 1})))

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.repeats import merge_runs
+from hf_lema.units import format_bytes
 
 # Options that say how a contender was set up; the others say what the job was.
 _SET_UP = ("contender", "vram_budget", "ram_budget", "num_slots", "micro_batch_size", "tier", "cold")
@@ -65,6 +66,8 @@ def _duel_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len({str(row["options"].get(name)) for row in rows if row["options"]["contender"] == "lema"}) > 1
     }
     title = f"{job['shape']} shape (random weights), {job['batch_size']} x {job['seq_len']} tokens, {job['dtype']}"
+    if (limit_bytes := settings["vram_limit_bytes"]) is not None:
+        title += f", held to {format_bytes(limit_bytes)} of VRAM"
     return {
         "title": title,
         "settings": settings,

@@ -16,6 +16,7 @@ from typing import Any
 from hf_lema.reporting.bench_lines import read_bench_lines
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.repeats import merge_runs
+from hf_lema.units import format_bytes
 
 DUEL_KEYS = ("settings", "environment", "contenders")
 # These say when and beside what a run was made, not what was run: two runs may differ in them and be repeats.
@@ -122,6 +123,8 @@ def _title(settings: Mapping[str, Any]) -> str:
     parts += [str(settings[name]) for name in ("precision",) if settings.get(name)]
     if (num_processes := settings.get("num_processes") or 1) > 1:
         parts.append(f"{num_processes} processes")
+    if (limit_bytes := settings.get("vram_limit_bytes")) is not None:
+        parts.append(f"held to {format_bytes(limit_bytes)} of VRAM")
     return ", ".join(parts)
 
 
