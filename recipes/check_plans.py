@@ -84,7 +84,7 @@ class Comparison:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether the host was slowed by others for a part of the run: its timed steps scatter by more than 15 %.
+        """Whether the timed steps scatter by more than 15 %, as on a host that is slowed for a part of the run.
 
         The plan is a lower bound, and is then compared with the fastest of them.
         """

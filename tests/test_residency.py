@@ -17,13 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
-from hf_lema.runtime.residency import (
-    HEAD_ROOM_BYTES,
-    BatchShape,
-    Planned,
-    VramBudget,
-    free_vram_bytes,
-)
+from hf_lema.runtime.residency import HEAD_ROOM_BYTES, BatchShape, Planned, VramBudget, free_vram_bytes
 from hf_lema.runtime.schedule import spread_evenly
 from hf_lema.runtime.segments import hold_free, take_segment
 
