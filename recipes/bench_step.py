@@ -30,6 +30,7 @@ from bench_rates import disk_rates, drop_pages, pinned_copy_bytes_per_s, residen
 from bench_shapes import SHAPES, checkpoint_files, ensure_checkpoint, meta_model, shape_config
 from contender import settle_memory
 from contender_result import streamer_details
+from host_counters import HostCounters
 from model_builds import build_model
 from torch import nn
 from training import DTYPES, LogCallback, TokenDataset, TrainingPlan, stock_trainer
@@ -81,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-dir", type=Path, help="keeps the random checkpoint; by default a temporary one")
     parser.add_argument("--packed", action="store_true", help="start from a checkpoint that is in NF4 already")
     parser.add_argument("--cold", action="store_true", help="drop the files' pages before each pass; needs --tier disk")
+    parser.add_argument("--host-counters", action="store_true", help="record what Linux counts of each step")
     parser.add_argument("--vram-limit", type=parse_bytes, help="hold the allocator to a smaller card, such as 16GiB")
     parser.add_argument("--attn", help="attention implementation, such as sdpa or eager")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -270,6 +272,9 @@ def train(
     cold = ColdCallback(model, sorted(get_streamer(model).host_store.paths)) if args.cold else None
     if cold is not None:
         trainer.add_callback(cold)
+    host = HostCounters() if args.host_counters else None
+    if host is not None:
+        trainer.add_callback(host)
     with telemetry:
         trainer.train()
     shared = shared_figures(baseline)
@@ -295,6 +300,8 @@ def train(
         figures |= streaming_figures(args, model, [dataclasses.asdict(record) for record in records])
     if cold is not None:
         figures |= cold_figures(args, cold, figures)
+    if host is not None:
+        figures["host_steps"] = host.steps
     return figures
 
 

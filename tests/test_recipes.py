@@ -437,6 +437,16 @@ def test_a_checkpoint_written_in_4_bits_trains_as_one_that_is_packed_while_loadi
     assert sizes["tiny-fp32-nf4"] < 0.7 * sizes["tiny-fp32"], "half of the tiny model is its embedding and head"
 
 
+def test_the_kernels_counters_of_each_step_say_that_the_training_thread_ran(tmp_path):
+    steps = bench(tmp_path, "--contender", "lema", "--host-counters")["host_steps"]
+    assert len(steps) == 4
+    for step in steps[1:]:
+        ran_s = sum(ran_s for ran_s, _ in step["threads"].values())
+        assert ran_s > 0
+        assert step["wall_s"] > 0
+        assert min(step["page_faults"], step["switches_forced"], step["steal_s"], step["collections"]) >= 0
+
+
 def test_bench_step_fails_when_layers_come_from_another_tier_than_asked(tmp_path):
     with pytest.raises(RuntimeError, match=r"stream from the disk tier, --tier asks for ram"):
         bench(tmp_path, "--contender", "lema", "--ram-budget", "min")
