@@ -58,14 +58,15 @@ def _job(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _duel_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     job = _job(rows[0]["options"])
-    settings = {"model": f"{job['shape']} shape, random weights", "device": job["device"]} | job
+    shape = f"{job['shape']} shape" + (f", {job['num_layers']} layers" if job.get("num_layers") else "")
+    settings = {"model": f"{shape}, random weights", "device": job["device"]} | job
     settings["vram_limit_bytes"] = job.get("vram_limit")
     varied = {
         name
         for name in _NAMED
         if len({str(row["options"].get(name)) for row in rows if row["options"]["contender"] == "lema"}) > 1
     }
-    title = f"{job['shape']} shape (random weights), {job['batch_size']} x {job['seq_len']} tokens, {job['dtype']}"
+    title = f"{shape} (random weights), {job['batch_size']} x {job['seq_len']} tokens, {job['dtype']}"
     if (limit_bytes := settings["vram_limit_bytes"]) is not None:
         title += f", held to {format_bytes(limit_bytes)} of VRAM"
     return {
