@@ -78,7 +78,6 @@ ROOMS: dict[str, set[str]] = {
     "model/stores": {"torch", "tqdm"},
     "model/merge_hook": {"torch", "accelerate"},
     "planning/meter": {"torch"},
-    "planning/product_watch": {"torch"},
     "planning/device_rates": {"torch"},
     "planning/optimizers": set(),
     "planning/data_parallel": set(),

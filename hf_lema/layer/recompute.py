@@ -14,7 +14,7 @@ that have a graph, all pieces of the visit use these as they are, and no other v
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -188,12 +188,6 @@ class Visit:
             yield casts
 
     @property
-    def unread_key(self) -> Hashable:
-        """What decides which products a recompute reads, as long as the layer consists of the same modules."""
-        trained = tuple((id(registry), name) for registry, name in self._trainable_slots)
-        return trained, self._autocast.half_dtype(self.device)
-
-    @property
     def is_cut(self) -> bool:
         """Whether the visit is cut into pieces."""
         return len(self._pieces) > 1
@@ -230,13 +224,16 @@ class Visit:
     ) -> list[torch.Tensor | None]:
         """The gradients by a recompute; the arguments are those of `gradients`."""
         parts, unread = self.layer.parts, self.options.unread
-        if self._hooks.tables or not unread.may_be_left_out():  # hooks may look at any value
+        is_seen = self._hooks.tables or not unread.may_be_left_out(self.device)  # hooks may look at any value
+        if is_seen or not parts.matrices:
             return self._computed_again(hidden, trainables, grad_outputs)
-        key = self.unread_key
+        # What trains and in which dtype decides what is read, as long as the layer consists of the same modules.
+        trained = tuple((id(registry), name) for registry, name in self._trainable_slots)
+        key = (trained, self._autocast.half_dtype(self.device))
         if (known := parts.unread.get(key)) is not None:
             with left_out(parts.matrices[index] for index in known):
                 return self._computed_again(hidden, trainables, grad_outputs)
-        kind = (type(self.layer.layer), len(self._trainable_slots))
+        kind = (type(self.layer.layer), len(trained))
         again = functools.partial(self._computed_again, hidden, trainables, grad_outputs)
         found, grads = unread.find(kind, parts.matrices, again)
         if found is not None:

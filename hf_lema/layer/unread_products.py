@@ -29,6 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_lema.layer.kept_graph import are_close
 from hf_lema.layer.swaps import changed
 
+MEASURED_ON = ("cpu",)
+"""Types of devices on which products are left out. On a GPU neither memory nor time was measured yet."""
+
 MAX_CANDIDATES = 16
 """Matrices of a layer that are tried one by one; with more (experts, each with its own), none is left out."""
 
@@ -52,7 +55,7 @@ def _is_matrix(module: nn.Module) -> bool:
     return weight is not None and is_alone and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
-def product_shape(func: OpOverload, args: Sequence[Any]) -> tuple[int, ...] | None:
+def _product_shape(func: OpOverload, args: Sequence[Any]) -> tuple[int, ...] | None:
     """Shape of what an operator gives, if that is the product of a tensor and a weight; else None."""
     if func is torch.ops.aten.mm.default:
         return args[0].shape[0], args[1].shape[1]
@@ -71,7 +74,7 @@ class _Without(TorchDispatchMode):
         self._stand_in = stand_in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shape = product_shape(func, args) if isinstance(func, OpOverload) else None
+        shape = _product_shape(func, args) if isinstance(func, OpOverload) else None
         return func(*args, **kwargs or {}) if shape is None else args[0].new_full(shape, self._stand_in)
 
 
@@ -94,10 +97,10 @@ class UnreadProducts:
         self._hints: dict[tuple[Hashable, int], tuple[int, ...]] = {}
 
     @staticmethod
-    def may_be_left_out() -> bool:
-        """Whether nobody watches every module, or every gradient."""
+    def may_be_left_out(device: torch.device) -> bool:
+        """Whether nobody watches every module, or every gradient, on a device where leaving out was measured."""
         watched = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
-        return not watched and not torch.is_anomaly_enabled()
+        return device.type in MEASURED_ON and not watched and not torch.is_anomaly_enabled()
 
     def find(
         self, kind: Hashable, matrices: Sequence[nn.Module], gradients: Callable[[], _Gradients]

@@ -36,7 +36,6 @@ from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
 from hf_lema.model.loss import ChunkedLoss
 from hf_lema.model.outside import OutsideWeights
 from hf_lema.planning.meter import ByteMeter, CudaBehaviour, Kernels, Measure, behaving
-from hf_lema.planning.product_watch import find_unread
 from hf_lema.runtime.schedule import Direction
 
 _CPU = torch.device("cpu")
@@ -100,7 +99,6 @@ class Rehearsal:
         self._precision = precision
         self._sweeps: dict[tuple[int, int], _Sweep] = {}
         self._costs: dict[Any, PartCost] = {}
-        self._unread: dict[int, tuple[int, ...]] = {}  # by layer
 
     def streamed_visit(
         self,
@@ -131,20 +129,14 @@ class Rehearsal:
             cut = MicroBatches(micro_batch_size, is_verified=True, forward_micro_batch_size=forward_micro_batch_size)
             options = VisitOptions(cut, tiles, Boundaries(_CPU, len(self._layers)), LORA_INPUT_CASTS)
             visit = Visit(stage, (), named, slots, ForwardHooks.capture(()), _CPU, options, batch_size, is_kept)
-            stage.parts.unread[visit.unread_key] = self._unread[layer_idx]
             outputs = Recompute.apply(visit, hidden, *(p for *_, p in own))  # type: ignore[no-untyped-call]
             return visit.rebuild(outputs)
-
-        def watch(hidden: torch.Tensor, named: dict[str, Any]) -> None:
-            if layer_idx not in self._unread:
-                forward = functools.partial(stage.call_plain, hidden, **named)
-                self._unread[layer_idx] = find_unread(stage.parts.matrices, forward)
 
         how = ("streamed", micro_batch_size, tile_tokens, forward_micro_batch_size, is_kept)
         # A tile is computed again inside the backward, by a call of the part of the layer that it passes.
         parts = layer.children() if tile_tokens else ()
         with changed((part.__dict__, "forward", behaving(part.forward, self._behaviour)) for part in parts):
-            cost = self._visit(layer_idx, batch_size, seq_len, how, call, watch)
+            cost = self._visit(layer_idx, batch_size, seq_len, how, call)
         is_redrawn = 0 < micro_batch_size < min(forward_micro_batch_size, batch_size) and not tile_tokens
         if not is_redrawn or is_kept:
             return cost
@@ -209,7 +201,6 @@ class Rehearsal:
         seq_len: int,
         how: tuple[Any, ...],
         call: Callable[[torch.Tensor, dict[str, Any]], Any],
-        prepare: Callable[[torch.Tensor, dict[str, Any]], None] | None = None,
     ) -> PartCost:
         """Measures a visit; layers that are alike are measured once."""
         layer, sweep = self._layers[layer_idx], self._sweep(batch_size, seq_len)
@@ -221,9 +212,6 @@ class Rehearsal:
         meter = ByteMeter()
         with self._running():
             hidden = torch.empty_like(sweep.embedded, requires_grad=True)
-            if prepare is not None:
-                with self._autocast():
-                    prepare(hidden, named)
             with meter.measured() as forwards, self._autocast():
                 output = _first(call(hidden, named))
             gradient = torch.empty_like(output)
@@ -313,8 +301,7 @@ class _BareLayer:
     def __init__(self, layer_idx: int, layer: nn.Module, forward: Callable[..., Any]) -> None:
         self.layer_idx = layer_idx
         self.layer = layer
-        frozen = [module for module in layer.modules() if not any(p.requires_grad for p in module.parameters())]
-        self.parts = LayerParts(list(layer.modules()), LORA_INPUT_CASTS, frozen)
+        self.parts = LayerParts(list(layer.modules()), LORA_INPUT_CASTS)
         self._forward = forward
 
     @contextmanager
