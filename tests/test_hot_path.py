@@ -26,7 +26,6 @@ HOT_MODULES = (
     "layer/joint_casts",
     "layer/kept_graph",
     "layer/piece_draws",
-    "layer/unread_products",
 )
 
 METHODS = {"synchronize", "record_stream", "to", "cpu", "cuda", "item", "tolist", "pin_memory", "clone", "contiguous"}
@@ -57,7 +56,6 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("layer/joint_casts", "JointCasts.joined", "torch.empty_like"): "gradients, which autograd would make one by one",
     ("layer/piece_draws", "PieceDraws._draw", "torch.empty_like"): "what dropout would allocate too",
     ("layer/piece_draws", "_plain", "clone"): "only where a tensor is not laid out as allocators do it",
-    ("layer/unread_products", "_traits_of", "clone"): "only of trials, at the first backward of a layer",
     ("layer/boundaries", "_Arrival.__init__", "torch.empty"): "two buffers, made again only for a longer batch",
     ("layer/boundaries", "Boundaries._close_slabs", "synchronize"): "end of a life, or of a buffer that was too small",
     ("layer/layer_proxy", "ProxyState.weights_at_rest", "to"): "in a visit that is checked alone, on request",

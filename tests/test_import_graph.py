@@ -53,7 +53,6 @@ ROOMS: dict[str, set[str]] = {
     "layer/piece_draws": {"torch"},
     "layer/joint_casts": {"torch"},
     "layer/kept_graph": {"torch"},
-    "layer/unread_products": {"torch"},
     "layer/boundaries": {"torch"},
     "layer/visit_options": {"torch"},
     "layer/recompute": {"torch"},

@@ -40,23 +40,17 @@ class Operators(TorchDispatchMode):
 
 
 def step(is_streamed: bool, **adapter: Any) -> tuple[torch.Tensor, dict[str, Any], Counter[str]]:
-    """A loss and its backward under autocast, base in half precision, adapter in float32; of the second step.
-
-    In the first one each layer is recomputed more often, for what the recompute may leave out.
-    """
+    """A loss and its backward under autocast, base in half precision, adapter in float32."""
     order = PEFT_THEN_WRAP if is_streamed else STOCK
     model = prepare(order, build(dtype=HALF), lora(target_modules="all-linear", **adapter))
     if not is_streamed:
         enable_checkpointing(model)
         model.enable_input_require_grads()
-    with closing(model):
-        for _ in range(2):
-            model.zero_grad()
-            with Operators() as operators:
-                torch.manual_seed(11)
-                with torch.autocast("cpu", HALF):
-                    loss = model(**batch()).loss
-                loss.backward()
+    with closing(model), Operators() as operators:
+        torch.manual_seed(11)
+        with torch.autocast("cpu", HALF):
+            loss = model(**batch()).loss
+        loss.backward()
     return loss.detach(), gradients(model), operators.counts
 
 

@@ -188,6 +188,17 @@ def test_lines_of_the_step_benchmark_become_contenders_named_by_what_differs() -
     assert all(command.startswith("python recipes/bench_step.py --shape llama-2-7b") for command in duel.commands)
 
 
+def test_a_bench_of_some_layers_is_not_titled_as_one_of_the_whole_model(tmp_path: Path) -> None:
+    line = json.loads((ROOT / "recipes/results/h100-7b-fp16-c.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    line["options"]["num_layers"] = 2
+    path = tmp_path / "bench.jsonl"
+    path.write_text(json.dumps(line), encoding="utf-8")
+    (duel,) = read_duels([path])
+
+    assert duel.settings["model"] == "llama-2-7b shape, 2 layers, random weights"
+    assert duel.title.startswith("llama-2-7b shape, 2 layers (random weights), 8 x 512 tokens")
+
+
 # Runs of the same contender
 
 

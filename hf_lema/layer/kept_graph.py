@@ -55,9 +55,11 @@ class KeptLayers:
         Where they differ (at all on the CPU, by more than rounding on a GPU, whose kernels may add in any order) the
         layer is recomputed from now on. Gradients that are not finite, as those of a loss scaled too high, say nothing.
         """
-        if not all(bool(b.isfinite().all()) for b in recomputed if b is not None):
+        pairs = [(a, b) for a, b in zip(kept, recomputed, strict=True) if a is not None and b is not None]
+        if not all(bool(b.isfinite().all()) for _, b in pairs):
             return False
-        if not are_close(kept, recomputed):
+        are_same_ones = [a is None for a in kept] == [b is None for b in recomputed]
+        if not are_same_ones or not all(_is_close(a, b) for a, b in pairs):
             self.refuse(
                 layer_idx,
                 "gives other gradients from its kept activations than from a recompute (an autograd Function that "
@@ -77,21 +79,13 @@ class KeptLayers:
         self._refused.add(layer_idx)
 
 
-def are_close(grads: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> bool:
-    """Whether two runs gave the same gradients: bit for bit on the CPU, on a GPU up to the order of its sums."""
-    pairs = list(zip(grads, others, strict=True))
-    if any((a is None) != (b is None) for a, b in pairs):
-        return False
-    return all(_is_close(a, b) for a, b in pairs if a is not None and b is not None)
-
-
-def _is_close(grad: torch.Tensor, other: torch.Tensor) -> bool:
-    if torch.equal(grad, other):
+def _is_close(kept: torch.Tensor, recomputed: torch.Tensor) -> bool:
+    if torch.equal(kept, recomputed):
         return True
-    if grad.device.type == "cpu":
+    if kept.device.type == "cpu":
         return False
-    error = (grad.float() - other.float()).norm()
-    return bool(error <= MAX_RELATIVE_ERROR * other.float().norm())
+    error = (kept.float() - recomputed.float()).norm()
+    return bool(error <= MAX_RELATIVE_ERROR * recomputed.float().norm())
 
 
 class WrittenError(Exception):

@@ -174,8 +174,7 @@ class ProxyState:
                 # which no version counter and no pointer shows.
                 self.streamer.invalidate_if_changed(self.layer_idx, was_visited=self._was_visited)
             self._modules = list(self.layer.modules())
-            owners = dict.fromkeys(tensor.owner for tensor in self.streamed)
-            self._parts = LayerParts(self._modules, self._options.input_casts, owners)
+            self._parts = LayerParts(self._modules, self._options.input_casts)
             streamed = {(id(t.owner), t.attribute) for t in self.streamed}
             self._own = [
                 (module._parameters, name, parameter)

@@ -13,7 +13,6 @@ that have a graph, all pieces of the visit use these as they are, and no other v
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,7 +26,6 @@ from hf_lema.layer.kept_graph import KeptGraph, LentMemory, WrittenError
 from hf_lema.layer.micro_batch import Piece
 from hf_lema.layer.piece_draws import DrawsElsewhereError, PieceDraws, active_dropouts
 from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState, Surroundings
-from hf_lema.layer.unread_products import left_out
 from hf_lema.layer.visit_options import StreamedLayer, VisitOptions
 from hf_lema.runtime.schedule import Direction
 
@@ -223,27 +221,6 @@ class Visit:
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by a recompute; the arguments are those of `gradients`."""
-        parts, unread = self.layer.parts, self.options.unread
-        is_seen = self._hooks.tables or not unread.may_be_left_out(self.device)  # hooks may look at any value
-        if is_seen or not parts.matrices:
-            return self._computed_again(hidden, trainables, grad_outputs)
-        # What trains and in which dtype decides what is read, as long as the layer consists of the same modules.
-        trained = tuple((id(registry), name) for registry, name in self._trainable_slots)
-        key = (trained, self._autocast.half_dtype(self.device))
-        if (known := parts.unread.get(key)) is not None:
-            with left_out(parts.matrices[index] for index in known):
-                return self._computed_again(hidden, trainables, grad_outputs)
-        kind = (type(self.layer.layer), len(trained))
-        again = functools.partial(self._computed_again, hidden, trainables, grad_outputs)
-        found, grads = unread.find(kind, parts.matrices, again)
-        if found is not None:
-            parts.unread[key] = found
-        return grads
-
-    def _computed_again(
-        self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
-    ) -> list[torch.Tensor | None]:
-        """The gradients by a forward with a graph, piece by piece."""
         with self._rng.replayed(), self._hooks.entered(), self._casts_entered(trainables) as casts:
 
             def of_part(

@@ -5,7 +5,7 @@ Responsibility: `VisitOptions`, `LayerParts` and the protocol of a layer. Runs n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +18,6 @@ from hf_lema.layer.joint_casts import plain_linears
 from hf_lema.layer.kept_graph import KeptLayers
 from hf_lema.layer.micro_batch import MicroBatches
 from hf_lema.layer.token_tiles import TokenTiles
-from hf_lema.layer.unread_products import UnreadProducts, matrices_of
 from hf_lema.runtime.schedule import Direction
 
 
@@ -38,27 +37,17 @@ class LayerParts:
     Args:
         modules: All modules of the layer.
         input_casts: Finds those that cast their inputs.
-        owners: Those that hold the base weights.
 
     Attributes:
         linears: See `JointCasts`.
         dropouts: See `PieceDraws`.
         input_casters: As found.
-        matrices: See `UnreadProducts`.
-        unread: What trains, and autocast's dtype -> indices of the matrices that a recompute leaves out.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        input_casts: InputCasts | None = None,
-        owners: Iterable[nn.Module] = (),
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], input_casts: InputCasts | None = None) -> None:
         self.linears = plain_linears(modules)
         self.dropouts = [module for module in modules if type(module) is nn.Dropout]
         self.input_casters = [] if input_casts is None else input_casts.find(modules)
-        self.matrices = matrices_of(owners)
-        self.unread: dict[Hashable, tuple[int, ...]] = {}
 
 
 class StreamedLayer(Protocol):
@@ -106,7 +95,6 @@ class VisitOptions:
         boundaries: Where hidden states wait for the backward, if not in device memory.
         input_casts: Casts that may be left out where the numbers do not change; None for none.
         kept: Layers whose visits keep their graphs.
-        unread: Finds what recomputes leave out.
     """
 
     micro_batches: MicroBatches
@@ -114,4 +102,3 @@ class VisitOptions:
     boundaries: Boundaries
     input_casts: InputCasts | None = None
     kept: KeptLayers = field(default_factory=KeptLayers)
-    unread: UnreadProducts = field(default_factory=UnreadProducts)
