@@ -3,6 +3,7 @@
     python recipes/compare_peft.py                       a real model and real examples, six minutes on two CPU cores
     python recipes/compare_peft.py --quick               a smoke run of about a minute
     python recipes/compare_peft.py --scenario t4-7b      a job from scenarios/
+    python recipes/compare_peft.py --gpus 0,1            two contenders at a time, each alone on a card
     python recipes/compare_peft.py --model NousResearch/Llama-2-7b-hf --batch-size 8 --seq-len 512 --vram-limit 16GiB
 
 All contenders get the same training arguments, adapter, seed, data order and batches; a hash of the batches and one of
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apart import checkpoint_apart, environment_apart
+from cards import cores_of, on_cards
 from contender_process import Outcome, as_json, run_contender
 from contender_spec import ContenderSpec
 from default_model import ModelSource, cache_folder, resolve_model
@@ -77,7 +79,10 @@ class ProgressLine:
         """The last state of a contender."""
         result = outcome.result
         state = "done" if result.status == "ok" else f"{result.status.replace('_', ' ')}: {result.reason}"
-        print(f"{chr(13) if self.is_terminal else ''}{self.head} {state} ({outcome.wall_s:.0f} s in all)".ljust(100))
+        print(
+            f"{chr(13) if self.is_terminal else ''}{self.head} {state} ({outcome.wall_s:.0f} s in all)".ljust(100),
+            flush=True,
+        )
 
 
 def resolve_source(args: argparse.Namespace) -> ModelSource:
@@ -121,45 +126,65 @@ def job_of(args: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
 
 
 def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
-    """Runs the contenders one after the other, each alone on the device; what is done already is not repeated."""
-    start_s = time.perf_counter()
+    """Runs the contenders, each alone on its device; what is done already is not repeated."""
+    end_s = math.inf if args.time_s is None else time.monotonic() + args.time_s
     job = job_of(args, source)
-    runs = KeptRuns(args.output_dir, job, environment_apart())
-    outcomes = []
-    for number, spec in enumerate(args.contenders, start=1):
+    # Runs beside others are not those of a duel that has the machine to itself.
+    beside = {} if args.gpus is None else {"num_at_once": len(args.gpus)}
+    turn = Turn(args=args, job=job, runs=KeptRuns(args.output_dir, job | beside, environment_apart()), end_s=end_s)
+    if args.gpus is None:
+        found = [turn.outcomes_of(number) for number in range(len(args.contenders))]
+    else:
+        found = on_cards(args.gpus, turn.outcomes_of, range(len(args.contenders)))
+    return [outcome for outcomes in found for outcome in outcomes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a contender needs to take its turn.
+
+    Attributes:
+        args: Of the duel.
+        job: As `job_of` gives it.
+        runs: Where its runs are kept.
+        end_s: By the monotonic clock; with little time left before it no run begins.
+    """
+
+    args: argparse.Namespace
+    job: dict[str, Any]
+    runs: KeptRuns
+    end_s: float
+
+    def outcomes_of(self, number: int) -> list[Outcome]:
+        """Runs a contender as often as is asked for, less the runs that are kept."""
+        args, spec = self.args, self.args.contenders[number]
         line = ProgressLine(
-            head=f"[{number}/{len(args.contenders)}] {spec.name:<9}",
+            head=f"[{number + 1}/{len(args.contenders)}] {spec.name:<9}",
             num_steps=args.max_steps,
-            is_terminal=sys.stdout.isatty(),
+            is_terminal=sys.stdout.isatty() and args.gpus is None,
         )
         if obstacles := spec.obstacles(args.device, args.num_processes):
-            outcomes.append(_skipped(spec, obstacles))
-            line.end(outcomes[-1])
-            continue
+            skipped = _skipped(spec, obstacles)
+            line.end(skipped)
+            return [skipped]
         if args.fresh:
-            runs.forget(spec.name)
-        kept = runs.find(spec)
-        if kept:
-            print(f"{line.head} {len(kept)} of {args.runs} runs done before")
-        outcomes += kept
-        for _ in range(len(kept), args.runs):
-            left_s = time_left_s(args, start_s)
+            self.runs.forget(spec.name)
+        outcomes = self.runs.find(spec)
+        if outcomes:
+            print(f"{line.head} {len(outcomes)} of {args.runs} runs done before", flush=True)
+        for _ in range(len(outcomes), args.runs):
+            left_s = self.end_s - time.monotonic()
             if left_s < MIN_RUN_S:
                 outcomes.append(_skipped(spec, [OUT_OF_TIME]))
                 line.end(outcomes[-1])
                 break
-            folder = runs.new_folder(spec.name)
-            task = job | {"name": spec.name, "folder": str(folder), "spec": vars(spec)}
+            folder = self.runs.new_folder(spec.name)
+            task = self.job | {"name": spec.name, "folder": str(folder), "spec": vars(spec)}
             line.begin()
             outcomes.append(run_contender(task, line.show, min(args.limit_s, left_s)))
             line.end(outcomes[-1])
-            runs.keep(spec, outcomes[-1], folder)
-    return outcomes
-
-
-def time_left_s(args: argparse.Namespace, start_s: float) -> float:
-    """What is left of ``--time-s``."""
-    return math.inf if args.time_s is None else args.time_s - (time.perf_counter() - start_s)
+            self.runs.keep(spec, outcomes[-1], folder)
+        return outcomes
 
 
 def _skipped(spec: ContenderSpec, why: list[str]) -> Outcome:
@@ -199,7 +224,7 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
     record = {
         "settings": settings_of(args, source, outcomes),
         "environment": environment_apart() if environment is None else environment,
-        "remarks": check_same(outcomes),
+        "remarks": [*check_same(outcomes), *_beside(args)],
         "command": command_of(args),
         "contenders": [as_json(outcome) for outcome in outcomes],
     }
@@ -221,6 +246,15 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
         write_page([duel], folder / "report.html", baseline_name=baseline)
         files.insert(0, "report.html")
     print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {folder}")
+
+
+def _beside(args: argparse.Namespace) -> list[str]:
+    if args.gpus is None or len(args.gpus) < 2:
+        return []
+    return [
+        f"BEWARE: {len(args.gpus)} contenders ran at the same time, each alone on a card, with "
+        f"{len(cores_of(0, len(args.gpus)))} cores of its own. Memory, disk and caches of the machine were shared."
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,6 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-processes", type=_positive, default=1, metavar="N", help="of each contender, by torchrun, a GPU each"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--gpus",
+        type=_cards,
+        metavar="0,1",
+        help="cards on which contenders run at the same time, each alone on one with its share of the cores",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--runs", type=_positive, default=1, help="runs of each contender, those that are kept included"
@@ -132,6 +138,8 @@ def _check_processes(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     if args.device == "cuda" and args.num_processes > max(torch.cuda.device_count(), 1):
         num_gpus = torch.cuda.device_count()
         parser.error(f"--num-processes {args.num_processes} needs a GPU for each, torch sees {num_gpus}")
+    if args.gpus is not None and (args.device != "cuda" or args.num_processes > 1):
+        parser.error("--gpus gives each contender one GPU: it needs GPUs, and --num-processes 1")
 
 
 def known_scenarios() -> tuple[str, ...]:
@@ -171,6 +179,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _cards(text: str) -> list[str]:
+    cards = text.split(",")
+    if len(set(cards)) < len(cards) or not all(card.isdecimal() for card in cards):
+        raise argparse.ArgumentTypeError(f"{text} is no list of cards such as 0,1, each once")
+    return cards
+
+
 def _byte_size(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -204,4 +219,6 @@ def command_of(args: argparse.Namespace) -> str:
     for name in ("gradient_accumulation_steps", "num_processes"):
         if (value := getattr(args, name)) != 1:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    if args.gpus is not None:
+        words += ["--gpus", ",".join(args.gpus)]
     return shlex.join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def test_a_duel_that_runs_out_of_time_says_which_runs_are_left(tmp_path: Path, m
         limits.append(limit_s)
         return an_outcome(task["name"])
 
-    monkeypatch.setattr(compare_peft.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(compare_peft.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(compare_peft, "run_contender", run)
     monkeypatch.setattr(compare_peft, "environment_apart", lambda: {"torch_version": "2"})
     source = compare_peft.ModelSource(name_or_path="m", label="m")
@@ -299,6 +300,34 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, c
     assert "--num-processes 2 needs a GPU for each, torch sees 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "message"),
+    [
+        ("cuda", ["--gpus", "0,0"], "0,0 is no list of cards such as 0,1, each once"),
+        ("cuda", ["--gpus", "all"], "all is no list of cards"),
+        ("cuda", ["--gpus", "0,1", "--num-processes", "2"], "--gpus gives each contender one GPU"),
+        ("cpu", ["--gpus", "0"], "it needs GPUs"),
+    ],
+)
+def test_cards_that_cannot_be_shared_out_are_refused(
+    device: str, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(duel_options, "_choose_device", lambda wanted, parser: device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        duel_options.parse_arguments(options)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_of_a_duel_on_several_cards_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duel_options, "_choose_device", lambda wanted, parser: "cuda")
+    args = duel_options.parse_arguments(["--gpus", "2,3"])
+    assert args.gpus == ["2", "3"]
+    command = duel_options.command_of(args)
+    assert command.endswith(" --gpus 2,3")
+    assert duel_options.command_of(duel_options.parse_arguments(command.split()[2:])) == command
+
+
 # ---- end to end ----
 
 
@@ -309,6 +338,37 @@ def duel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tupl
     assert compare_peft.main([*common, *options]) == 0
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     return record, {row["name"]: row for row in record["contenders"]}
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each of two contenders")
+@pytest.mark.usefixtures("children_find_the_package")
+def test_contenders_that_run_at_the_same_time_have_cores_of_their_own_and_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = compare_peft.parse_arguments
+
+    def with_cards(argv: list[str] | None) -> Any:  # a processor takes the place of the cards
+        args = parse(argv)
+        args.gpus = ["0", "1"]
+        return args
+
+    monkeypatch.setattr(compare_peft, "parse_arguments", with_cards)
+    options = ("--device", "cpu", "--contenders", "peft,lema,nobody.json")
+    (tmp_path / "nobody.json").write_text('{"needs": {"no-such-package": "pip install it"}}', encoding="utf-8")
+    options = (*options[:-1], f"peft,lema,{tmp_path / 'nobody.json'}")
+    record, rows = duel(tmp_path, monkeypatch, *options)
+
+    assert [row["status"] for row in record["contenders"]] == ["ok", "ok", "skipped"]
+    assert rows["peft"]["loss"] == rows["lema"]["loss"]
+    assert record["environment"]["num_cpus_usable"] == len(os.sched_getaffinity(0)) // 2
+    assert record["remarks"][-1].startswith("BEWARE: 2 contenders ran at the same time, each alone on a card")
+    again, _ = duel(tmp_path, monkeypatch, *options)
+    assert again["contenders"][:2] == record["contenders"][:2]
+    monkeypatch.setattr(compare_peft, "parse_arguments", parse)
+    alone, _ = duel(tmp_path, monkeypatch, *options)
+    assert alone["contenders"][0]["wall_s"] != record["contenders"][0]["wall_s"], "runs beside others do not count"
 
 
 @pytest.mark.slow
