@@ -130,8 +130,8 @@ def run_duel(args: argparse.Namespace, source: ModelSource) -> list[Outcome]:
     end_s = math.inf if args.time_s is None else time.monotonic() + args.time_s
     job = job_of(args, source)
     # Runs beside others are not those of a duel that has the machine to itself.
-    beside = {} if args.gpus is None else {"num_at_once": len(args.gpus)}
-    turn = Turn(args=args, job=job, runs=KeptRuns(args.output_dir, job | beside, environment_apart()), end_s=end_s)
+    at_once = {"num_at_once": len(args.gpus)} if _is_shared(args) else {}
+    turn = Turn(args=args, job=job, runs=KeptRuns(args.output_dir, job | at_once, environment_apart()), end_s=end_s)
     if args.gpus is None:
         found = [turn.outcomes_of(number) for number in range(len(args.contenders))]
     else:
@@ -161,7 +161,7 @@ class Turn:
         line = ProgressLine(
             head=f"[{number + 1}/{len(args.contenders)}] {spec.name:<9}",
             num_steps=args.max_steps,
-            is_terminal=sys.stdout.isatty() and args.gpus is None,
+            is_terminal=sys.stdout.isatty() and not _is_shared(args),
         )
         if obstacles := spec.obstacles(args.device, args.num_processes):
             skipped = _skipped(spec, obstacles)
@@ -248,8 +248,13 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
     print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {folder}")
 
 
+def _is_shared(args: argparse.Namespace) -> bool:
+    """Whether contenders share the machine."""
+    return args.gpus is not None and len(args.gpus) > 1
+
+
 def _beside(args: argparse.Namespace) -> list[str]:
-    if args.gpus is None or len(args.gpus) < 2:
+    if not _is_shared(args):
         return []
     return [
         f"BEWARE: {len(args.gpus)} contenders ran at the same time, each alone on a card, with "

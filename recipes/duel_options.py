@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--gpus",
         type=_cards,
         metavar="0,1",
-        help="cards on which contenders run at the same time, each alone on one with its share of the cores",
+        help="values of CUDA_VISIBLE_DEVICES; contenders run at the same time, each alone on one with cores of its own",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

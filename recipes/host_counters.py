@@ -10,6 +10,7 @@ process was kept from running; where all are near 0, the processor itself was sl
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import time
 from pathlib import Path
@@ -73,7 +74,7 @@ def _now() -> dict[str, Any]:
         "page_faults": usage.ru_minflt + usage.ru_majflt,
         "switches_waiting": usage.ru_nvcsw,
         "switches_forced": usage.ru_nivcsw,
-        "steal_s": ticks / 100,  # USER_HZ
+        "steal_s": ticks / os.sysconf("SC_CLK_TCK"),
         "collections": sum(generation["collections"] for generation in gc.get_stats()),
         "threads": read_thread_cpu_s(),
     }

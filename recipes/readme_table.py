@@ -24,7 +24,7 @@ from typing import Any
 
 from hf_lema.reporting.bench_lines import read_bench_lines
 from hf_lema.reporting.contender import ContenderResult
-from hf_lema.reporting.duel_record import DUEL_KEYS, DuelRecord, read_duels
+from hf_lema.reporting.duel_record import DUEL_KEYS, DuelRecord, duel_title, read_duels
 from hf_lema.reporting.report import BASELINE_NAME
 from hf_lema.reporting.verdict import verdict
 from hf_lema.units import to_gib
@@ -115,20 +115,15 @@ def _duels_of(path: Path) -> Sequence[DuelRecord]:
     """The duels of a file; in lines of bench_step.py every set-up is a contender, named by `_set_up`."""
     if path.suffix != ".jsonl":
         return read_duels([path])
-    duels = []
-    for number, line in enumerate(filter(_is_step, _lines_of(path))):
-        (duel,) = _one_line(line, path, number)
-        duels.append(duel)
-    return _with_baseline(duels)
+    return _with_baseline([_one_line(line) for line in filter(_is_step, _lines_of(path))])
 
 
-def _one_line(line: str, path: Path, number: int) -> list[DuelRecord]:
+def _one_line(line: str) -> DuelRecord:
     (fields,) = read_bench_lines(line)
     options = json.loads(line)["options"]
     results = tuple(dataclasses.replace(result, name=_set_up(options)) for result in fields["results"])
-    if not options.get("lora_dropout", 1):
-        fields = fields | {"title": f"{fields['title']}, no LoRA dropout"}
-    return [DuelRecord(**fields | {"results": results})]
+    without = "" if options.get("lora_dropout", 1) else ", no LoRA dropout"
+    return DuelRecord(**fields | {"title": duel_title(fields["settings"]) + without, "results": results})
 
 
 def _set_up(options: dict[str, Any]) -> str:

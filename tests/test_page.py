@@ -195,8 +195,7 @@ def test_a_bench_of_some_layers_is_not_titled_as_one_of_the_whole_model(tmp_path
     path.write_text(json.dumps(line), encoding="utf-8")
     (duel,) = read_duels([path])
 
-    assert duel.settings["model"] == "llama-2-7b shape, 2 layers, random weights"
-    assert duel.title.startswith("llama-2-7b shape, 2 layers (random weights), 8 x 512 tokens")
+    assert duel.title == "llama-2-7b shape, 2 layers (random weights), 8 x 512 tokens, fp16"
 
 
 # Runs of the same contender

@@ -13,18 +13,17 @@ from typing import Any
 
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.repeats import merge_runs
-from hf_lema.units import format_bytes
 
 # Options that say how a contender was set up; the others say what the job was.
 _SET_UP = ("contender", "vram_budget", "ram_budget", "num_slots", "micro_batch_size", "tier", "cold")
 # These say how long it was looked at, or where its files lay.
-_NOT_THE_JOB = ("steps", "warmup", "output", "commit", "checkpoint_dir")
+_NOT_THE_JOB = ("steps", "warmup", "output", "commit", "checkpoint_dir", "host_counters")
 _NAMED = {"tier": "{}", "vram_budget": "{}", "num_slots": "{} slots", "micro_batch_size": "micro-batch {}"}
 _LINE_KEYS = ("options", "step_s", "loss", "environment")
 
 
 def read_bench_lines(text: str) -> list[dict[str, Any]]:
-    """The fields of a `DuelRecord` for each job in the text of a file.
+    """The fields of a `DuelRecord`, but for its title, for each job in the text of a file.
 
     Raises:
         ValueError: A line is not of this form; all such lines are numbered.
@@ -59,18 +58,14 @@ def _job(options: Mapping[str, Any]) -> dict[str, Any]:
 def _duel_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     job = _job(rows[0]["options"])
     shape = f"{job['shape']} shape" + (f", {job['num_layers']} layers" if job.get("num_layers") else "")
-    settings = {"model": f"{shape}, random weights", "device": job["device"]} | job
+    settings = {"model": f"{shape} (random weights)", "precision": job["dtype"]} | job
     settings["vram_limit_bytes"] = job.get("vram_limit")
     varied = {
         name
         for name in _NAMED
         if len({str(row["options"].get(name)) for row in rows if row["options"]["contender"] == "lema"}) > 1
     }
-    title = f"{shape} (random weights), {job['batch_size']} x {job['seq_len']} tokens, {job['dtype']}"
-    if (limit_bytes := settings["vram_limit_bytes"]) is not None:
-        title += f", held to {format_bytes(limit_bytes)} of VRAM"
     return {
-        "title": title,
         "settings": settings,
         "environment": rows[0]["environment"],
         "results": merge_runs([_result(row, varied) for row in rows]),

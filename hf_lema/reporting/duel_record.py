@@ -81,7 +81,7 @@ def read_duels(paths: Sequence[str | Path]) -> tuple[DuelRecord, ...]:
 def _read_file(path: Path) -> list[DuelRecord]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        return [DuelRecord(**fields) for fields in read_bench_lines(text)]
+        return [DuelRecord(title=duel_title(fields["settings"]), **fields) for fields in read_bench_lines(text)]
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -106,7 +106,7 @@ def duel_from_json(record: Any) -> DuelRecord:
             plans[row["name"]] = plan
     settings = record["settings"]
     return DuelRecord(
-        title=_title(settings),
+        title=duel_title(settings),
         settings=settings,
         environment=record["environment"],
         results=merge_runs(results),
@@ -116,7 +116,8 @@ def duel_from_json(record: Any) -> DuelRecord:
     )
 
 
-def _title(settings: Mapping[str, Any]) -> str:
+def duel_title(settings: Mapping[str, Any]) -> str:
+    """The job in a few words: the same for two duels that can be compared on one machine."""
     parts = [str(settings.get("model", "a model"))]
     if {"batch_size", "seq_len"} <= settings.keys():
         parts.append(f"{settings['batch_size']} x {settings['seq_len']} tokens")
