@@ -281,11 +281,11 @@ def test_a_duel_that_runs_out_of_time_says_which_runs_are_left(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", [n for n in duel_options.known_scenarios() if n.startswith(("7b", "70b"))])
-def test_a_scenario_fits_into_a_call_of_ten_minutes_and_can_be_rehearsed_without_a_gpu(name: str) -> None:
+def test_a_scenario_leaves_no_contender_out_for_want_of_time_and_can_be_rehearsed_without_a_gpu(name: str) -> None:
     args = duel_options.parse_arguments(["--scenario", name, "--dry-run", "--device", "cpu"])
 
-    assert args.time_s <= 570
-    assert args.limit_s < args.time_s
+    assert args.time_s is None
+    assert args.limit_s < 300
     assert {"lema", "lema-nf4"} & {spec.name for spec in args.contenders}
     assert args.model in ("shape:tiny", "shape:tiny-nf4")
     assert (args.precision, args.vram_limit) == (None, None)
