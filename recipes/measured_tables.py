@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lema.reporting.bench_lines import read_bench_lines
+from hf_lema.reporting.bench_lines import read_bench_lines, way_to_run
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.duel_record import DUEL_KEYS, DuelRecord, duel_title, read_duels
 from hf_lema.reporting.report import BASELINE_NAME
@@ -71,9 +71,6 @@ FIGURES = (
 )
 
 
-OFF_THE_CARD = {"boundaries_in_ram": "boundaries", "outside_in_ram": "embedding and head"}
-
-
 def record_files(folder: Path = RESULTS) -> list[Path]:
     """The records of duels and benches, by name."""
     duels = [path for path in sorted(folder.glob("*.json")) if _is_duel(path)]
@@ -113,10 +110,9 @@ def duels_of(path: Path) -> Sequence[DuelRecord]:
 
 def _one_line(line: str) -> DuelRecord:
     (fields,) = read_bench_lines(line)
-    options = json.loads(line)["options"]
-    results = tuple(dataclasses.replace(result, name=_set_up(options)) for result in fields["results"])
-    without = "" if options.get("lora_dropout", 1) else ", no LoRA dropout"
-    return DuelRecord(**fields | {"title": duel_title(fields["settings"]) + without, "results": results})
+    name = _set_up(json.loads(line)["options"])
+    results = tuple(dataclasses.replace(result, name=name) for result in fields["results"])
+    return DuelRecord(**fields | {"title": duel_title(fields["settings"]), "results": results})
 
 
 def _set_up(options: dict[str, Any]) -> str:
@@ -124,18 +120,9 @@ def _set_up(options: dict[str, Any]) -> str:
         return str(options["contender"])
     places = {"ram": "in RAM", "disk": "from disk", "mixed": "in RAM and on disk"}
     place = "from cold files" if options.get("cold") else places[options["tier"]]
-    how = f"at {options['vram_budget']}" if options.get("choices") is None else _chosen(json.loads(options["choices"]))
+    way = way_to_run(options)
+    how = f"at {options['vram_budget']}" if way is None else f"in {way}"
     return f"{options['contender']} {how}, layers {place}"
-
-
-def _chosen(choices: dict[str, Any]) -> str:
-    """The way to run that was asked for instead of a budget."""
-    size, at_once = choices.get("micro_batch_size", 0), choices.get("forward_micro_batch_size", 0)
-    parts = [f"in micro-batches of {size}" if size else "on whole batches"]
-    parts += [f"forward of {at_once}"] if at_once else []
-    parts += [f"tiles of {choices['tile_tokens']}"] if choices.get("tile_tokens") else []
-    off = [word for name, word in OFF_THE_CARD.items() if choices.get(name)]
-    return ", ".join([*parts, f"{' and '.join(off)} off the card" if off else "only layers off the card"])
 
 
 def _with_baseline(duels: Sequence[DuelRecord]) -> list[DuelRecord]:

@@ -188,6 +188,19 @@ def test_lines_of_the_step_benchmark_become_contenders_named_by_what_differs() -
     assert all(command.startswith("python recipes/bench_step.py --shape llama-2-7b") for command in duel.commands)
 
 
+def test_other_choices_are_other_contenders_of_the_same_job_and_without_dropout_it_is_another_job() -> None:
+    with_dropout, without, *_ = read_duels([ROOT / "recipes/results/h100-7b-nf4-b.jsonl"])
+
+    assert [result.name for result in with_dropout.results] == [
+        "qlora",
+        "lema-nf4 ram micro-batches of 4, forward of 8, all off",
+        "lema-nf4 ram whole batches, layers off",
+        "lema-nf4 disk micro-batches of 4, forward of 8, all off",
+    ]
+    assert without.title == f"{with_dropout.title}, no LoRA dropout"
+    assert [result.name for result in without.results] == ["qlora", "lema-nf4"]
+
+
 def test_a_bench_of_some_layers_is_not_titled_as_one_of_the_whole_model(tmp_path: Path) -> None:
     line = json.loads((ROOT / "recipes/results/h100-7b-fp16-c.jsonl").read_text(encoding="utf-8").splitlines()[0])
     line["options"]["num_layers"] = 2

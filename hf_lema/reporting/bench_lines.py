@@ -15,10 +15,25 @@ from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.repeats import merge_runs
 
 # Options that say how a contender was set up; the others say what the job was.
-_SET_UP = ("contender", "vram_budget", "ram_budget", "num_slots", "micro_batch_size", "tier", "cold")
+_SET_UP = ("contender", "vram_budget", "ram_budget", "num_slots", "micro_batch_size", "tier", "cold", "choices")
 # These say how long it was looked at, or where its files lay.
 _NOT_THE_JOB = ("steps", "warmup", "output", "commit", "checkpoint_dir", "host_counters")
-_NAMED = {"tier": "{}", "vram_budget": "{}", "num_slots": "{} slots", "micro_batch_size": "micro-batch {}"}
+_NAMED = {
+    "tier": "{}",
+    "choices": "{}",
+    "vram_budget": "{}",
+    "num_slots": "{} slots",
+    "micro_batch_size": "micro-batch {}",
+}
+# Whether boundary activations are, and whether embedding and head are.
+_OFF_THE_CARD = {
+    (False, False): "layers off",
+    (True, False): "boundaries off",
+    (False, True): "embedding and head off",
+    (True, True): "all off",
+}
+_STREAMED = "lema"
+"""Contenders whose names begin so are set up in more ways than one."""
 _LINE_KEYS = ("options", "step_s", "loss", "environment")
 
 
@@ -51,6 +66,22 @@ def read_bench_lines(text: str) -> list[dict[str, Any]]:
     return [_duel_fields(rows) for rows in jobs.values()]
 
 
+def way_to_run(options: Mapping[str, Any]) -> str | None:
+    """The way to run that the options ask for instead of a budget, in a few words; None where a plan decides.
+
+    "all off" keeps boundary activations, embedding and head off the card, "layers off" nothing but the layers.
+    """
+    if options.get("choices") is None:
+        return None
+    choices = json.loads(options["choices"])
+    size, at_once = choices.get("micro_batch_size", 0), choices.get("forward_micro_batch_size", 0)
+    parts = [f"micro-batches of {size}" if size else "whole batches"]
+    parts += [f"forward of {at_once}"] if at_once else []
+    parts += [f"tiles of {choices['tile_tokens']}"] if choices.get("tile_tokens") else []
+    off = (bool(choices.get("boundaries_in_ram")), bool(choices.get("outside_in_ram")))
+    return ", ".join([*parts, _OFF_THE_CARD[off]])
+
+
 def _job(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _SET_UP + _NOT_THE_JOB}
 
@@ -60,11 +91,7 @@ def _duel_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shape = f"{job['shape']} shape" + (f", {job['num_layers']} layers" if job.get("num_layers") else "")
     settings = {"model": f"{shape} (random weights)", "precision": job["dtype"]} | job
     settings["vram_limit_bytes"] = job.get("vram_limit")
-    varied = {
-        name
-        for name in _NAMED
-        if len({str(row["options"].get(name)) for row in rows if row["options"]["contender"] == "lema"}) > 1
-    }
+    varied = _varied([row["options"] for row in rows])
     return {
         "settings": settings,
         "environment": rows[0]["environment"],
@@ -73,15 +100,29 @@ def _duel_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _name(options: Mapping[str, Any], varied: set[str]) -> str:
-    if options["contender"] != "lema":
-        return str(options["contender"])
-    parts = [text.format(options[name]) for name, text in _NAMED.items() if name in varied and options.get(name)]
+def _varied(options: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """What differs between the rows of a streamed contender."""
+    return {
+        contender: {
+            name for name in _NAMED if len({str(row.get(name)) for row in options if row["contender"] == contender}) > 1
+        }
+        for contender in {row["contender"] for row in options}
+        if contender.startswith(_STREAMED)
+    }
+
+
+def _name(options: Mapping[str, Any], varied: Mapping[str, set[str]]) -> str:
+    contender = str(options["contender"])
+    if contender not in varied:
+        return contender
+    way = way_to_run(options)
+    said = dict(options) | {"choices": way} | ({} if way is None else {"vram_budget": None})
+    parts = [text.format(said[name]) for name, text in _NAMED.items() if name in varied[contender] and said.get(name)]
     parts += ["cold"] if options.get("cold") else []
-    return " ".join(["lema", *parts])
+    return " ".join([contender, *parts])
 
 
-def _result(row: Mapping[str, Any], varied: set[str]) -> ContenderResult:
+def _result(row: Mapping[str, Any], varied: Mapping[str, set[str]]) -> ContenderResult:
     options, step_s = row["options"], row["step_s"]
     timed_s = sum(step_s[options["warmup"] :])
     num_tokens = options["batch_size"] * options["seq_len"] * (len(step_s) - options["warmup"])

@@ -126,6 +126,8 @@ def duel_title(settings: Mapping[str, Any]) -> str:
         parts.append(f"{num_processes} processes")
     if (limit_bytes := settings.get("vram_limit_bytes")) is not None:
         parts.append(f"held to {format_bytes(limit_bytes)} of VRAM")
+    if settings.get("lora_dropout") == 0:
+        parts.append("no LoRA dropout")
     return ", ".join(parts)
 
 
