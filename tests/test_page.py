@@ -20,6 +20,7 @@ from hf_lema.reporting.contender import ContenderResult, UseSample
 from hf_lema.reporting.duel_record import DuelRecord, duel_from_json, read_duels
 from hf_lema.reporting.headline import headline
 from hf_lema.reporting.label_places import label_positions
+from hf_lema.reporting.memory_bars import ram_bars, vram_bars
 from hf_lema.reporting.page import page_html, write_page
 from hf_lema.reporting.repeats import merge_runs
 from hf_lema.reporting.report_files import make_report
@@ -65,10 +66,16 @@ PLAN: dict[str, Any] = {
     "workspace_bytes": 0,
     "context_bytes": GIB // 2,
     "phases": [
-        {"name": "loss", "boundary_bytes": GIB, "gradient_bytes": 0, "activation_bytes": GIB},
-        {"name": "backward", "boundary_bytes": GIB, "gradient_bytes": GIB // 8, "activation_bytes": GIB},
+        {"name": "loss", "boundary_bytes": GIB, "kept_bytes": 0, "gradient_bytes": 0, "activation_bytes": GIB},
+        {
+            "name": "backward",
+            "boundary_bytes": 0,
+            "kept_bytes": GIB,
+            "gradient_bytes": GIB // 8,
+            "activation_bytes": GIB,
+        },
     ],
-    "host": {"slab_bytes": 12 * GIB, "ring_bytes": 0, "boundary_bytes": 0, "embedding_bytes": 0},
+    "host": {"slab_bytes": 12 * GIB, "ring_bytes": 0, "boundary_bytes": 0, "embedding_bytes": 0, "optimizer_bytes": 0},
 }
 
 
@@ -382,6 +389,19 @@ def test_bars_are_planned_and_measured_where_a_plan_is_and_measured_alone_elsewh
 
     without = charts(a_duel(plans={}))["vram-bars"]
     assert without.figure["data"][0]["y"] == ["peft", "lema", "lema-auto"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/results").glob("duel-7*.json")), ids=lambda path: path.stem)
+def test_planned_bars_are_all_of_what_is_planned(path: Path) -> None:
+    (duel,) = read_duels([path])
+    planned = {bar.name: sum(bar.parts.values()) for bar in vram_bars(duel.results, duel.plans) if bar.is_planned}
+    on_the_host = {bar.name: sum(bar.parts.values()) for bar in ram_bars(duel.results, duel.plans) if bar.is_planned}
+
+    assert planned == {name: plan["vram_bytes"] + plan["context_bytes"] for name, plan in duel.plans.items()}
+    assert on_the_host == {
+        name: plan["host_private_bytes"] for name, plan in duel.plans.items() if plan["host_private_bytes"]
+    }
+    assert {"peft", "lema-nf4"} & planned.keys()
 
 
 def test_a_plan_that_lacks_a_field_is_an_error_that_names_it() -> None:

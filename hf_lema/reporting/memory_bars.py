@@ -25,6 +25,7 @@ _ALWAYS_THERE = {
 }
 _AT_THE_PEAK = {
     "boundary activations": "boundary_bytes",
+    "kept activations": "kept_bytes",
     "gradients": "gradient_bytes",
     "activations": "activation_bytes",
 }
@@ -33,6 +34,7 @@ _ON_THE_HOST = {
     "window to the files": "ring_bytes",
     "boundary activations": "boundary_bytes",
     "embedding and head": "embedding_bytes",
+    "optimizer": "optimizer_bytes",
 }
 CONTEXT = "CUDA context and libraries"
 
