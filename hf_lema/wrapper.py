@@ -8,10 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +17,25 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lema.capability import BF16_CAPABILITY
-from hf_lema.choices import StepChoices, StepPlan
+from hf_lema.choices import StepChoices
 from hf_lema.config import LemaConfig
 from hf_lema.files.base_files import BaseFiles
 from hf_lema.layer.boundaries import Boundaries
 from hf_lema.layer.layer_proxy import (
     COPY_MESSAGE,
-    LayerProxy,
     ProxyState,
     graft_layer,
-    refuse_lost_outputs,
     ungraft_layer,
 )
 from hf_lema.layer.micro_batch import MicroBatches
 from hf_lema.layer.replay import Surroundings
 from hf_lema.layer.self_check import SelfCheck
 from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.layer.visit_arguments import refuse_lost_outputs
 from hf_lema.layer.visit_options import VisitOptions
 from hf_lema.model.fixed_buffers import fixed_buffers
 from hf_lema.model.loading import build_skeleton, find_decoder_layers
 from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
-from hf_lema.model.loss import ChunkedLoss
 from hf_lema.model.merge_hook import install_merge_hooks, remove_merge_hooks
 from hf_lema.model.other_ways import (
     COMPILE_MESSAGE,
@@ -49,7 +43,6 @@ from hf_lema.model.other_ways import (
     refuse_data_parallel,
     refuse_other_ways,
 )
-from hf_lema.model.outside import PIECE_BYTES, OutsideWeights
 from hf_lema.model.packing import given_pack
 from hf_lema.model.placement import (
     fill_from_model,
@@ -59,14 +52,9 @@ from hf_lema.model.placement import (
     streamed_tensors,
 )
 from hf_lema.model.stores import store_from_checkpoint, store_of_model
-from hf_lema.planning.data_parallel import Launch
-from hf_lema.planning.device_rates import rates_of
-from hf_lema.planning.planner import best_plan
-from hf_lema.planning.rehearsal import UnplannableError
-from hf_lema.planning.step_cost import PlanOptions, StepCost
-from hf_lema.runtime.host_memory import available_host_bytes
+from hf_lema.model.unfit import refuse_bf16_without_hardware, refuse_unfit
+from hf_lema.model_runtime import ModelRuntime, runtime_of
 from hf_lema.runtime.local_ranks import LocalGroup
-from hf_lema.runtime.residency import BatchShape, Planned, VramBudget
 from hf_lema.runtime.streamer import LayerStreamer
 
 logger = logging.getLogger(__name__)
@@ -80,7 +68,7 @@ class LemaModelWrapper(nn.Module):
     model. ``LemaModelWrapper(model)`` is the same as ``LemaModelWrapper.wrap(model)``.
     """
 
-    _lema_runtime: _Runtime
+    _lema_runtime: ModelRuntime
 
     def __new__(cls, model: Any, config: LemaConfig | None = None, device: Any = None) -> Any:
         """See `wrap`."""
@@ -112,9 +100,9 @@ class LemaModelWrapper(nn.Module):
         config = config or LemaConfig()
         lm = _language_model(model)
         refuse_other_ways(lm)
-        _refuse_unfit(lm)
+        refuse_unfit(lm)
         target = _resolve_device(device)
-        _refuse_bf16_without_hardware(lm, target)
+        refuse_bf16_without_hardware(lm, target)
         if all(parameter.requires_grad for parameter in lm.parameters()):
             lm.requires_grad_(False)
         layers_path, layers = find_decoder_layers(lm)
@@ -128,7 +116,7 @@ class LemaModelWrapper(nn.Module):
         _assemble(lm, list(layers), places, LayerStreamer(store, target, len(layers), config.num_slots), config)
         model.to(target)
         try:
-            _runtime_of(lm).start_budget()
+            runtime_of(lm).start_budget()
         except ValueError:
             LemaModelWrapper.unwrap(model)
             raise
@@ -181,7 +169,7 @@ class LemaModelWrapper(nn.Module):
         )
         lm: Any = skeleton.model
         base = BaseFiles(skeleton.index)
-        _refuse_bf16_without_hardware(lm, target)
+        refuse_bf16_without_hardware(lm, target)
         _, layers = find_decoder_layers(lm)
         layouts = {layout.layer_idx: layout for layout in skeleton.source.layouts}
         with skeleton.source:
@@ -191,9 +179,9 @@ class LemaModelWrapper(nn.Module):
         places = register_at_rest(store, layers)
         streamer = LayerStreamer(store, target, len(layers), config.num_slots)
         _assemble(lm, list(layers), places, streamer, config)
-        _runtime_of(lm).base = base
+        runtime_of(lm).base = base
         try:
-            _runtime_of(lm).start_budget()
+            runtime_of(lm).start_budget()
         except ValueError:
             streamer.close()
             raise
@@ -215,7 +203,7 @@ class LemaModelWrapper(nn.Module):
         lm = _find_wrapped(model)
         if lm is None:
             raise ValueError("the model is not wrapped")
-        runtime = _runtime_of(lm)
+        runtime = runtime_of(lm)
         runtime.streamer.host_store.refuse_cut_files()
         runtime.streamer.close()
         for state in runtime.layers:
@@ -230,7 +218,7 @@ class LemaModelWrapper(nn.Module):
     # ---- what a wrapped model does differently ----
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        for dtype in {view.dtype for state in _runtime_of(self).layers for view in state.host_views.values()}:
+        for dtype in {view.dtype for state in runtime_of(self).layers for view in state.host_views.values()}:
             cast = fn(torch.empty(0, dtype=dtype)).dtype
             if cast != dtype:
                 raise TypeError(
@@ -253,7 +241,7 @@ class LemaModelWrapper(nn.Module):
         folder = Path(save_directory).resolve()
         if any(
             folder in (path.parent.resolve(), path.resolve().parent)
-            for path in _runtime_of(self).streamer.host_store.paths
+            for path in runtime_of(self).streamer.host_store.paths
         ):
             raise ValueError(
                 f"the layers of this model are streamed from {folder}: saving there would overwrite the files in use. "
@@ -270,7 +258,7 @@ class LemaModelWrapper(nn.Module):
 
         Streamed parameters, and fixed buffers: for these it would walk over all modules before every forward.
         """
-        streamed = {id(parameter) for parameter in _runtime_of(self).streamed_parameters()}
+        streamed = {id(parameter) for parameter in runtime_of(self).streamed_parameters()}
         names = [name for name, parameter in self.named_parameters() if id(parameter) in streamed]
         names += fixed_buffers(self)
         prefixes = ("", "base_model.", "base_model.model.")  # the second around prompts, the third around LoRA
@@ -320,176 +308,6 @@ class LemaModelWrapper(nn.Module):
         raise TypeError(COPY_MESSAGE)
 
 
-class _Runtime:
-    """What a wrapped language model owns.
-
-    Args:
-        plain_class: The model's own class.
-        layers: Its proxied layers, in order.
-        streamer: Their weights.
-        config: The user's choices.
-        options: How its layers' visits are run.
-    """
-
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        layers: list[ProxyState],
-        streamer: LayerStreamer,
-        config: LemaConfig,
-        options: VisitOptions,
-    ) -> None:
-        self.plain_class = type(lm)
-        self.layers = layers
-        self.streamer = streamer  # owned
-        self.config = config
-        self.base: BaseFiles | None = None  # of a model that came from files
-        self.budget: VramBudget | None = None
-        self.options = options
-        self.check = SelfCheck() if config.self_check else None
-        for state in layers:
-            state.check = self.check
-        self.outside = OutsideWeights(lm, streamer.device, piece_bytes=PIECE_BYTES)
-        self.loss = ChunkedLoss(lm, self.plain_class.forward, self.outside)
-        streamer.own(options.boundaries)
-        streamer.own(self.outside)
-        self._lm = weakref.ref(lm)
-        self._is_packed = getattr(lm, "is_loaded_in_4bit", False)
-        self._costs: dict[str, Any] = {}  # of the last shape that was planned
-        self._lm_buffers_and_parameters: Callable[[], Iterator[torch.Tensor]] = lambda: iter(
-            [*lm.parameters(), *lm.buffers()]
-        )
-
-    def apply(self, choices: StepChoices) -> None:
-        """Runs steps in this way from now on. Only between steps.
-
-        Raises:
-            ValueError: A kept or resident layer does not exist.
-        """
-        unknown = [i for i in choices.kept_layers if i >= len(self.layers)]
-        if unknown:
-            raise ValueError(f"kept_layers {unknown} do not exist; the model has {len(self.layers)} layers")
-        self.options.micro_batches.micro_batch_size = choices.micro_batch_size
-        self.options.micro_batches.forward_micro_batch_size = choices.forward_micro_batch_size
-        self.options.tiles.tile_tokens = choices.tile_tokens
-        self.options.boundaries.in_use = choices.boundaries_in_ram
-        if choices.outside_in_ram:
-            self.outside.move_to_host()
-        else:
-            self.outside.move_to_device()
-        self.streamer.set_resident(choices.resident_layers)
-        self.options.kept.layers = frozenset(choices.kept_layers)
-
-    def apply_given(self, choices: StepChoices) -> None:
-        """The same for choices that a user has made.
-
-        Raises:
-            ValueError: A layer does not exist, or cannot be run so.
-        """
-        packed = [i for i in choices.kept_layers if i < len(self.layers) and self.layers[i].is_packed]
-        if moving := [i for i in packed if i not in choices.resident_layers]:
-            raise ValueError(
-                f"kept_layers {moving} are in 4 bits and streamed: bitsandbytes would compute their gradients from "
-                "whatever their slots hold by then. Name them in resident_layers too, or do not keep them"
-            )
-        self.apply(choices)
-
-    @property
-    def choices(self) -> StepChoices:
-        """How steps run now."""
-        return StepChoices(
-            micro_batch_size=self.options.micro_batches.micro_batch_size,
-            forward_micro_batch_size=self.options.micro_batches.forward_micro_batch_size,
-            tile_tokens=self.options.tiles.tile_tokens,
-            boundaries_in_ram=self.options.boundaries.in_use,
-            outside_in_ram=self.outside.on_host,
-            resident_layers=self.streamer.resident_layers,
-            kept_layers=tuple(sorted(self.options.kept.layers)),
-        )
-
-    def start_budget(self) -> None:
-        """Sets the VRAM budget, once everything that is not streamed has been placed."""
-        streamed = {id(parameter) for parameter in self.streamed_parameters()}
-        other_bytes = sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in self._lm_buffers_and_parameters()
-            if id(tensor) not in streamed
-        )
-        choices = self.config.choices
-        given = self._given(choices) if isinstance(choices, StepPlan) else None
-        self.budget = VramBudget(
-            self.config, self.streamer, other_bytes, self.outside.nbytes, self._plan, self.apply, given
-        )
-        if isinstance(choices, StepChoices):
-            self.apply_given(choices)
-            return
-        self.budget.start()
-        self.layers[0].on_sweep = self.budget.before_training_step
-
-    def before_forward(self, input_ids: Any = None, **kwargs: Any) -> None:
-        """Plans a training step, and makes room for a forward without gradients that is larger than all before.
-
-        A training step is planned here for its embedding and head, and again at its first layer, which knows best.
-        """
-        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if self.budget is None or not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
-            return
-        if not torch.is_grad_enabled():
-            self.budget.before_evaluation(tokens.shape[0], tokens.shape[1])
-        elif self.layers[0].on_sweep is not None:
-            self.layers[0].on_sweep(tokens.shape[0], tokens.shape[1])
-
-    def _given(self, plan: StepPlan) -> tuple[BatchShape, Planned]:
-        """What somebody has planned for this model."""
-        if plan.num_layers != len(self.layers):
-            raise ValueError(
-                f"choices is a plan for {plan.model}, which has {plan.num_layers} layers; this model has "
-                f"{len(self.layers)}. Plan the model that is trained"
-            )
-        return BatchShape(plan.batch_size, plan.seq_len), Planned(plan.choices, plan.activation_bytes)
-
-    def _plan(self, batch_size: int, seq_len: int, budget_bytes: int | None) -> Planned:
-        """How to run within so many bytes of VRAM; whole batches with everything there where that cannot be planned."""
-        config = replace(self.config, vram_budget="min" if budget_bytes is None else max(1, budget_bytes))
-        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_hosts = max(1, int(os.environ.get("WORLD_SIZE", "1")) // num_processes)
-        options = PlanOptions(
-            num_processes=num_processes,
-            launch=Launch(num_hosts=num_hosts),
-            micro_batch_size=config.micro_batch_size or None,
-            quantization="nf4" if self._is_packed else None,
-            double_quantization=config.double_quantization,
-            # The layers have their RAM already; what is free comes on top of it.
-            ram_bytes=available_host_bytes() + self.streamer.host_store.held_bytes,
-            file_layers=self.streamer.host_store.file_layers,
-        )
-        try:
-            if self._costs.get("shape") != (batch_size, seq_len):
-                self._costs = {"shape": (batch_size, seq_len), "cost": self._cost(batch_size, seq_len, options)}
-            plan = best_plan(self._costs["cost"], config, options)
-        except (UnplannableError, RuntimeError, NotImplementedError) as error:
-            # Any operator may refuse tensors without data; the step itself needs no plan.
-            warnings.warn(
-                f"steps of {batch_size} x {seq_len} tokens cannot be planned ({error}); they run on the whole batch, "
-                "and layers become resident by what is measured",
-                stacklevel=2,
-            )
-            return Planned(StepChoices(micro_batch_size=self.config.micro_batch_size))
-        logger.info("planned for %d x %d tokens: %s", batch_size, seq_len, plan)
-        return Planned(plan.choices, plan.activation_bytes)
-
-    def _cost(self, batch_size: int, seq_len: int, options: PlanOptions) -> StepCost:
-        """What a step takes, counted anew; the step that is about to begin must not notice."""
-        lm = self._lm()
-        assert lm is not None
-        with torch.random.fork_rng(devices=[]):
-            return StepCost(lm, batch_size, seq_len, None, rates_of(self.streamer.device), options)
-
-    def streamed_parameters(self) -> list[torch.Tensor]:
-        """Every registered tensor that is at rest on the host."""
-        return [state.registered(tensor) for state in self.layers for tensor in state.streamed]
-
-
 def _assemble(
     lm: PreTrainedModel,
     layers: list[nn.Module],
@@ -501,7 +319,7 @@ def _assemble(
     options = VisitOptions(MicroBatches(config.micro_batch_size), TokenTiles(), boundaries, LORA_INPUT_CASTS)
     flags = lm.config.get_text_config()
     states = [ProxyState(i, layer, streamer, places.get(i, ()), flags, options) for i, layer in enumerate(layers)]
-    lm.__dict__["_lema_runtime"] = _Runtime(lm, states, streamer, config, options)
+    lm.__dict__["_lema_runtime"] = ModelRuntime(lm, states, streamer, config, options)
     for state in states:
         graft_layer(state)
         install_merge_hooks(state)
@@ -518,10 +336,10 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             raise RuntimeError(COMPILE_MESSAGE)
         if torch.is_grad_enabled():
             refuse_lost_outputs(type(self).__name__, self.config, kwargs)
-        surroundings = Surroundings(_runtime_of(self).streamer.device)
+        surroundings = Surroundings(runtime_of(self).streamer.device)
         try:
-            _runtime_of(self).before_forward(*args[:1], **kwargs)
-            return _runtime_of(self).loss.forward(*args, **kwargs)
+            runtime_of(self).before_forward(*args[:1], **kwargs)
+            return runtime_of(self).loss.forward(*args, **kwargs)
         except BaseException:
             surroundings.put_back()
             raise
@@ -536,11 +354,6 @@ def _wrapped_class(plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(plain_class.__name__, (LemaModelWrapper, plain_class), body)
 
 
-def _runtime_of(lm: Any) -> _Runtime:
-    runtime: _Runtime = lm.__dict__["_lema_runtime"]
-    return runtime
-
-
 def _find_wrapped(model: nn.Module) -> Any | None:
     return next((module for module in model.modules() if isinstance(module, LemaModelWrapper)), None)
 
@@ -548,7 +361,7 @@ def _find_wrapped(model: nn.Module) -> Any | None:
 def find_streamer(model: nn.Module) -> LayerStreamer | None:
     """The runtime behind a model, through ``PeftModel``, DDP or any other module around it; None if there is none."""
     lm = _find_wrapped(model)
-    return None if lm is None else _runtime_of(lm).streamer
+    return None if lm is None else runtime_of(lm).streamer
 
 
 def apply_choices(model: nn.Module, choices: StepChoices) -> None:
@@ -563,7 +376,7 @@ def apply_choices(model: nn.Module, choices: StepChoices) -> None:
             bits.
     """
     get_streamer(model)
-    _runtime_of(_find_wrapped(model)).apply_given(choices)
+    runtime_of(_find_wrapped(model)).apply_given(choices)
 
 
 def find_choices(model: nn.Module) -> StepChoices:
@@ -575,19 +388,19 @@ def find_choices(model: nn.Module) -> StepChoices:
         ValueError: The model is not wrapped.
     """
     get_streamer(model)
-    return _runtime_of(_find_wrapped(model)).choices
+    return runtime_of(_find_wrapped(model)).choices
 
 
 def find_base(model: nn.Module) -> BaseFiles | None:
     """The files that the base behind a model came from; None for one that is not wrapped, or was in memory before."""
     lm = _find_wrapped(model)
-    return None if lm is None else _runtime_of(lm).base
+    return None if lm is None else runtime_of(lm).base
 
 
 def find_check(model: nn.Module) -> SelfCheck | None:
     """What the self-check of a wrapped model has counted; None where it is off."""
     get_streamer(model)
-    return _runtime_of(_find_wrapped(model)).check
+    return runtime_of(_find_wrapped(model)).check
 
 
 def get_streamer(model: nn.Module) -> LayerStreamer:
@@ -609,50 +422,6 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(lm, PreTrainedModel):
         raise ValueError(f"expected a transformers model or a PeftModel around one, got {type(model).__name__}")
     return lm
-
-
-def _refuse_unfit(lm: PreTrainedModel) -> None:
-    if any(isinstance(module, LayerProxy) for module in lm.modules()):
-        raise RuntimeError("some layers of this model are wrapped already")
-    # A model that transformers has packed to 4 bits is streamed as it is; linears put in by hand carry no mark.
-    is_marked = getattr(lm, "is_loaded_in_4bit", False)
-    packed = [
-        f"{name} ({type(parameter).__name__}, {parameter.dtype})"
-        for name, parameter in lm.named_parameters()
-        if (type(parameter) is not nn.Parameter or not parameter.is_floating_point())
-        and not (is_marked and is_packed(parameter))
-    ]
-    quantizer = getattr(lm, "hf_quantizer", None)
-    if packed or (quantizer is not None and not is_marked):
-        raise ValueError(
-            f"the model is quantized ({type(quantizer).__name__}) or has parameters of a kind that cannot be streamed "
-            f"({len(packed)}: {', '.join(packed[:8])}). Of quantized models only those can be that transformers has "
-            'packed to 4 bits with bitsandbytes: wrap the full-precision model, with LemaConfig(quantization="nf4") '
-            "for 4 bits"
-        )
-    device_map: Any = getattr(lm, "hf_device_map", None)
-    if device_map is not None and len(set(device_map.values())) > 1:
-        raise ValueError(
-            f"accelerate has spread this model over {sorted(map(str, set(device_map.values())))}; load it without "
-            "device_map, or with LemaModelWrapper.from_pretrained"
-        )
-    meta = [name for name, parameter in lm.named_parameters() if parameter.is_meta]
-    if meta:
-        raise ValueError(
-            f"{len(meta)} parameters have no data (meta device), first {meta[0]}; load the weights, or use "
-            "LemaModelWrapper.from_pretrained"
-        )
-
-
-def _refuse_bf16_without_hardware(lm: PreTrainedModel, device: torch.device) -> None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
-        return
-    if any(parameter.dtype == torch.bfloat16 for parameter in lm.parameters()):
-        major, minor = torch.cuda.get_device_capability(device)
-        raise ValueError(
-            f"the model is in bfloat16, which {torch.cuda.get_device_name(device)} (compute capability "
-            f"{major}.{minor}) only emulates; load it with dtype=torch.float16 and train with fp16=True"
-        )
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 
 from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
 from hf_lema.files import file_set
-from hf_lema.wrapper import _runtime_of, apply_choices
+from hf_lema.model_runtime import runtime_of
+from hf_lema.wrapper import apply_choices
 
 NUM_STEPS, SAVE_STEPS, FAULT_STEP = 6, 2, 5
 """Steps of a run, steps from checkpoint to checkpoint, and the step (counted from 1) in which a fault comes."""
@@ -220,7 +221,7 @@ def refuse_late(choices: StepChoices) -> Callable[[Scene], None]:
     """Page-locking is allowed until memory for the choices is to be locked, in the middle of the run."""
 
     def inject(scene: Scene) -> None:
-        outside = _runtime_of(scene.trainer.model.get_base_model()).outside
+        outside = runtime_of(scene.trainer.model.get_base_model()).outside
         move_to_host = outside.move_to_host
 
         def as_on_a_gpu() -> None:

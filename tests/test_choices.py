@@ -229,7 +229,7 @@ def test_a_first_training_step_is_planned_before_its_embedding_and_again_where_a
 def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
     quantization: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lema.wrapper.rates_of", lambda device: DATA_SHEETS["T4"])
+    monkeypatch.setattr("hf_lema.model_runtime.rates_of", lambda device: DATA_SHEETS["T4"])
     base = build("llama", dtype=torch.float16)
     with closing(prepare(ORDERS[0], base, config=LemaConfig(quantization=quantization))) as model:
         runtime = model.get_base_model().__dict__["_lema_runtime"]
@@ -247,12 +247,12 @@ def test_a_wrapped_model_plans_its_own_steps_and_draws_no_random_number(
             runtime._plan(4, 16, 2**20)
         assert torch.equal(torch.get_rng_state(), before)
         # The RAM that the layers hold is theirs: a machine that has little left beside them is no reason to refuse.
-        monkeypatch.setattr("hf_lema.wrapper.available_host_bytes", lambda: RAM_HEAD_ROOM_BYTES)
+        monkeypatch.setattr("hf_lema.model_runtime.available_host_bytes", lambda: RAM_HEAD_ROOM_BYTES)
         assert runtime._plan(4, 16, 2**30).choices.resident_layers == tuple(range(NUM_LAYERS))
 
 
 def test_a_model_that_cannot_be_planned_says_so_and_runs_on_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_lema.wrapper.rates_of", lambda device: DATA_SHEETS["T4"])
+    monkeypatch.setattr("hf_lema.model_runtime.rates_of", lambda device: DATA_SHEETS["T4"])
     base = build("mixtral", dtype=torch.float16, num_layers=1)
     base.config._experts_implementation = "eager"  # which experts compute depends on values
     with closing(prepare(ORDERS[0], base, lora("mixtral"))) as model:

@@ -27,10 +27,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lema import LemaConfig, LemaModelWrapper, StepChoices, get_streamer
+from hf_lema.model_runtime import runtime_of
 from hf_lema.runtime import host_store
 from hf_lema.runtime.schedule import Direction
 from hf_lema.runtime.streamer import LayerStreamer
-from hf_lema.wrapper import _runtime_of
 
 # ---- schedules ----
 
@@ -250,7 +250,7 @@ def stretch(model: Any, stretched: str, device: str, seed: int) -> None:
     before_ms, after_ms, inside_ms = STRETCHES[stretched]
     store, read_into = get_streamer(model).host_store, get_streamer(model).host_store.read_into
     lm: PreTrainedModel = model.get_base_model()
-    kept = _runtime_of(lm).options.boundaries
+    kept = runtime_of(lm).options.boundaries
     keep, fetch = kept.keep, kept._fetch
 
     def late_read(layer_idx: int, out: torch.Tensor) -> None:

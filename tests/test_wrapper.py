@@ -719,7 +719,7 @@ CHANGES: dict[str, Callable[[nn.Parameter], None]] = {
 
 
 # A write through `.data` shows in no version counter and no pointer: it is seen while no slot holds the layer, as on a
-# model that has not run yet. `ProxyState.reconcile` says so.
+# model that has not run yet. `LayerWeights.reconcile` says so.
 @pytest.mark.parametrize(
     ("change", "warm"), [(c, w) for c in CHANGES for w in (False, True) if (c, w) != ("data_in_place", True)]
 )

@@ -12,7 +12,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import nn
 
-from hf_lema.layer.layer_proxy import ProxyState, StreamedTensor
+from hf_lema.layer.layer_weights import LayerWeights, StreamedTensor
 
 
 class MergeHook(AlignDevicesHook):  # type: ignore[misc]
@@ -25,7 +25,7 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
         tensors: The module's streamed tensors.
     """
 
-    def __init__(self, state: ProxyState, tensors: list[StreamedTensor]) -> None:
+    def __init__(self, state: LayerWeights, tensors: list[StreamedTensor]) -> None:
         super().__init__(execution_device=state.streamer.device, offload=True)
         self.weights_map = None
         self.original_devices: dict[str, torch.device] = {}
@@ -75,7 +75,7 @@ class MergeHook(AlignDevicesHook):  # type: ignore[misc]
         return module
 
 
-def install_merge_hooks(state: ProxyState) -> None:
+def install_merge_hooks(state: LayerWeights) -> None:
     """Registers a `MergeHook` on every module that owns streamed tensors of the layer."""
     owners: dict[int, list[StreamedTensor]] = {}
     for tensor in state.streamed:
@@ -84,7 +84,7 @@ def install_merge_hooks(state: ProxyState) -> None:
         object.__setattr__(tensors[0].owner, "_hf_hook", MergeHook(state, tensors))
 
 
-def remove_merge_hooks(state: ProxyState) -> None:
+def remove_merge_hooks(state: LayerWeights) -> None:
     """Takes the hooks away."""
     for module in state.layer.modules():
         if isinstance(module.__dict__.get("_hf_hook"), MergeHook):

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from hf_lema.config import LemaConfig
 from hf_lema.files.layout import LayerLayout, PackedMatrix, make_layout
-from hf_lema.layer.layer_proxy import StreamedTensor, rest
+from hf_lema.layer.layer_weights import StreamedTensor, rest
 from hf_lema.model.stock_quantizer import (
     make_quantizer,
     mark_as_packed,

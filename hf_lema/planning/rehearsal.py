@@ -23,13 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, masking_utils
 
 from hf_lema.layer.boundaries import Boundaries
-from hf_lema.layer.layer_proxy import tensors_in
 from hf_lema.layer.micro_batch import MicroBatches
 from hf_lema.layer.piece_draws import active_dropouts
 from hf_lema.layer.recompute import Recompute, Visit
 from hf_lema.layer.replay import ForwardHooks
 from hf_lema.layer.swaps import changed
 from hf_lema.layer.token_tiles import TokenTiles
+from hf_lema.layer.visit_arguments import tensors_in
 from hf_lema.layer.visit_options import LayerParts, VisitOptions
 from hf_lema.model.loading import find_decoder_layers
 from hf_lema.model.lora_inputs import LORA_INPUT_CASTS
