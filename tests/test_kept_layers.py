@@ -372,6 +372,35 @@ def test_a_function_that_holds_a_weight_is_found_whatever_the_slot_holds_and_its
         assert [kept.wants(i) for i in ALL] == [False, True, False, False]
 
 
+class HoldingAdapter(nn.Module):
+    """Computes with the weight of the linear that is inside of another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _HeldLinear.apply(hidden, self.inner.weight)
+
+
+def test_modules_that_come_into_a_kept_layer_later_are_proven_anew() -> None:
+    def some_steps(model: Any) -> list[dict[str, torch.Tensor]]:
+        found = [steps(model)]
+        for layer in model.get_base_model().model.layers:
+            layer.mlp.gate_proj = HoldingAdapter(layer.mlp.gate_proj)
+        return [*found, steps(model)]
+
+    with closing(prepare(STOCK)) as model:
+        expected = some_steps(model)
+    with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model, poisoned(model):
+        kept: KeptLayers = model.get_base_model().model.layers[0]._lema._options.kept
+        with pytest.warns(UserWarning, match="gives other gradients from its kept activations"):
+            found = some_steps(model)
+        for ours, stock in zip(found, expected, strict=True):
+            assert_same_tensors(ours, stock)
+        assert not any(kept.wants(i) for i in ALL)
+
+
 def test_a_resident_layer_with_such_a_function_is_kept() -> None:
     with closing(prepare(STOCK, holding())) as model:
         expected = steps(model)

@@ -7,7 +7,8 @@ Note [lent memory]: when the backward comes, the layer's weights lie in another 
 So of a saved tensor that lies in lent memory only its place there is kept, and the same view of the memory that is lent
 to the backward is given back. A custom autograd Function that holds a weight as an attribute goes past this, and would
 compute with whatever lies there. So the first kept visit of a layer whose weights move runs on copies of them that are
-overwritten at its end, and its gradients are compared with a recompute's.
+overwritten at its end, and its gradients are compared with a recompute's. When other modules or parameters come into
+the layer, it is proven anew.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class KeptLayers:
     def is_proven(self, layer_idx: int) -> bool:
         """Whether a layer's kept graph has given the gradients of a recompute."""
         return layer_idx in self._proven
+
+    def forget(self, layer_idx: int) -> None:
+        """Takes a layer's proof back: other modules may compute in it now. What was refused stays so."""
+        self._proven.discard(layer_idx)
 
     def agree(
         self, layer_idx: int, kept: Sequence[torch.Tensor | None], recomputed: Sequence[torch.Tensor | None]

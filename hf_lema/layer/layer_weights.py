@@ -115,6 +115,7 @@ class LayerWeights:
         signature = [id(child) for module in self._modules for child in module._modules.values()]
         signature += [id(parameter) for module in self._modules for parameter in module._parameters.values()]
         if signature != self._signature:
+            self._options.kept.forget(self.layer_idx)
             if self._signature is not None and self.streamed:
                 # An adapter was added or taken away; some initialisations (OLoRA) write to the base through `.data`,
                 # which no version counter and no pointer shows.
