@@ -17,6 +17,7 @@ from hf_lema.reporting.report import BASELINE_NAME
 from hf_lema.units import format_bytes, to_gib
 
 LINKS = "recipes/results"
+SEPARATOR = " · "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def _table(model: str, jobs: Sequence[Job]) -> str:
     rows = [["contender", *(job.head for job in jobs)], [":--", *["--:"] * len(jobs)]]
     labels = dict.fromkeys(line.label for line in every)
     rows += [[label, *(cells.get((job.source, label), "") for job in jobs)] for label in labels]
-    of = ", ".join(["seconds a step", *(f"GiB of {figure.quantity}" for figure in figures)])
+    of = SEPARATOR.join(["seconds a step", *(f"GiB of {figure.quantity}" for figure in figures)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     found = [f"- {job.name}: {'; '.join(said)}." for job in jobs if (said := better(job.lines))]
     said = ["What others do better:\n\n" + "\n".join(found)] if found else []
@@ -108,4 +109,10 @@ def _cell(line: Line, fields: Sequence[str]) -> str:
     if line.result.status != "ok":
         return line.result.status.replace("_", " ")
     values = [getattr(line.result, field) for field in fields]
-    return ", ".join([seconds(line.step_s), *("-" if value is None else f"{to_gib(value):.2f}" for value in values)])
+    return SEPARATOR.join([seconds(line.step_s), *("-" if value is None else _gib(value) for value in values)])
+
+
+def _gib(num_bytes: int) -> str:
+    """Three figures, so that a cell stays narrow."""
+    gib = to_gib(num_bytes)
+    return f"{gib:.2f}" if gib < 10 else f"{gib:.1f}"

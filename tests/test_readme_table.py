@@ -144,14 +144,14 @@ def test_the_overview_has_a_column_for_each_job_and_a_row_for_each_contender(tmp
     (tmp_path / "bench.jsonl").write_text("{}", encoding="utf-8")
     made = duel_overview.overview(sorted(tmp_path.iterdir()))
 
-    assert made.startswith("**llama-2-70b shape, fp16**: seconds a step, GiB of VRAM, GiB of RAM\n\n")
+    assert made.startswith("**llama-2-70b shape, fp16**: seconds a step · GiB of VRAM · GiB of RAM\n\n")
     links = [f"[H100](recipes/results/{name}.json)" for name in ("small", "whole", "held")]
     assert [line.split(" | ") for line in lines_of(made)] == [
         ["| contender", f"8 x 512, {links[0]}", f"32 x 512, {links[1]}", f"8 x 512, held to 16.00 GiB, {links[2]} |"],
-        ["| peft", "0.500, 30.00, 1.00", "1.000, 40.00, 1.00", " |"],
+        ["| peft", "0.500 · 30.0 · 1.00", "1.000 · 40.0 · 1.00", " |"],
         ["| qlora", "", "out of memory", " |"],
-        ["| lema", "", "2.000, 4.00, 1.00", " |"],
-        ["| lema@6GiB", "", "", "1.500, 6.00, 1.00 |"],
+        ["| lema", "", "2.000 · 4.00 · 1.00", " |"],
+        ["| lema@6GiB", "", "", "1.500 · 6.00 · 1.00 |"],
     ]
     assert made.endswith("What others do better:\n\n- 32 x 512: peft takes 1.000 s a step, lema at best 2.000 s.")
 
@@ -175,9 +175,9 @@ def test_models_have_overviews_of_their_own_and_without_a_card_it_is_ram_that_is
     write_duel(tmp_path / "gpu.json", [a_row("lema", 2.0, 4)])
     made = duel_overview.overview(sorted(tmp_path.iterdir()))
 
-    assert "**small, fp16**: seconds a step, GiB of RAM, GiB of resident RAM" in made
-    assert "| peft | 1.000, 1.00, 3.00 |" in made
-    assert "| lema | 2.000, 4.00, 1.00 |" in made
+    assert "**small, fp16**: seconds a step · GiB of RAM · GiB of resident RAM" in made
+    assert "| peft | 1.000 · 1.00 · 3.00 |" in made
+    assert "| lema | 2.000 · 4.00 · 1.00 |" in made
 
 
 def test_a_page_without_the_marks_is_refused() -> None:
