@@ -40,7 +40,7 @@ class ModelRuntime:
     """What a wrapped language model owns.
 
     Args:
-        plain_class: The model's own class.
+        lm: The language model, with its own class still.
         layers: Its proxied layers, in order.
         streamer: Their weights.
         config: The user's choices.

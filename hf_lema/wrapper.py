@@ -6,7 +6,6 @@ Responsibility: `LemaModelWrapper`, and how to find the runtime behind any wrapp
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +55,6 @@ from hf_lema.model.unfit import refuse_bf16_without_hardware, refuse_unfit
 from hf_lema.model_runtime import ModelRuntime, runtime_of
 from hf_lema.runtime.local_ranks import LocalGroup
 from hf_lema.runtime.streamer import LayerStreamer
-
-logger = logging.getLogger(__name__)
 
 
 class LemaModelWrapper(nn.Module):

@@ -213,6 +213,7 @@ def settings_of(args: argparse.Namespace, source: ModelSource, outcomes: list[Ou
         "vram_limit_bytes": args.vram_limit,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_processes": args.num_processes,
+        "num_at_once": len(args.gpus) if _is_shared(args) else 1,
         "is_quick": args.quick,
         "is_dry_run": args.dry_run,
     }
@@ -238,6 +239,7 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
     print(*duel.remarks, *notes, NOISE_RULE, sep="\n")
     plots = write_plots(duel.results, folder)
     options: dict[str, Any] = {"settings": duel.settings, "plots": plots, "baseline_name": baseline}
+    options["sections"] = [" ".join(duel.remarks)]
     write_markdown(duel.results, duel.environment, folder / "report.md", **options)
     files = ["report.md", "results.json", *(plot.name for plot in plots)]
     if importlib.util.find_spec("plotly") is None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lema.reporting.bench_lines import read_bench_lines, way_to_run
+from hf_lema.config import LemaConfig
+from hf_lema.reporting.bench_lines import STREAMED, read_bench_lines, way_to_run
 from hf_lema.reporting.contender import ContenderResult
 from hf_lema.reporting.duel_record import DUEL_KEYS, DuelRecord, duel_title, read_duels
 from hf_lema.reporting.report import BASELINE_NAME
@@ -27,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "recipes" / "results"
 LINKS = "../recipes/results"
 """Where the records are, seen from docs/."""
-OURS = "lema"
-"""A contender of ours has a name that begins so."""
+OURS = STREAMED
+NUM_SLOTS = LemaConfig().num_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,13 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What contenders are compared in: head of its column, field of a result, and name in a verdict."""
+    """What contenders are compared in.
+
+    Attributes:
+        head: Of its column.
+        field: Of a result.
+        quantity: Its name in a verdict.
+    """
 
     head: str
     field: str
@@ -122,7 +129,8 @@ def _set_up(options: dict[str, Any]) -> str:
     place = "from cold files" if options.get("cold") else places[options["tier"]]
     way = way_to_run(options)
     how = f"at {options['vram_budget']}" if way is None else f"in {way}"
-    return f"{options['contender']} {how}, layers {place}"
+    slots = "" if options["num_slots"] == NUM_SLOTS else f", {options['num_slots']} slots"
+    return f"{options['contender']} {how}{slots}, layers {place}"
 
 
 def _with_baseline(duels: Sequence[DuelRecord]) -> list[DuelRecord]:

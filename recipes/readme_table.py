@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     choice.add_argument("--write", action="store_true", help="put them into README.md and docs/measured.md")
     choice.add_argument("--check", action="store_true", help="exit code 1 where these have others")
     args = parser.parse_args(argv)
-    code = 0
+    code, files = 0, record_files()
     for path, make in PAGES.items():
-        made = make(record_files())
+        made = make(files)
         if not args.write and not args.check:
-            print(made, end="\n\n")
+            print(f"{path.name}:\n\n{made}\n")
             continue
         before = path.read_text(encoding="utf-8")
         after = with_tables(before, made)

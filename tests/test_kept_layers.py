@@ -384,6 +384,7 @@ class HoldingAdapter(nn.Module):
 
 
 def test_modules_that_come_into_a_kept_layer_later_are_proven_anew() -> None:
+    # Without the proof the numbers may come out right: the weights may be in the same slot again when they are read.
     def some_steps(model: Any) -> list[dict[str, torch.Tensor]]:
         found = [steps(model)]
         for layer in model.get_base_model().model.layers:
@@ -399,6 +400,27 @@ def test_modules_that_come_into_a_kept_layer_later_are_proven_anew() -> None:
         for ours, stock in zip(found, expected, strict=True):
             assert_same_tensors(ours, stock)
         assert not any(kept.wants(i) for i in ALL)
+
+
+def test_a_proof_is_taken_back_when_another_adapter_or_other_weights_compute() -> None:
+    with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model:
+        layers = model.get_base_model().model.layers
+        kept: KeptLayers = layers[0]._lema._options.kept
+
+        def proven_in_and_after_a_step() -> tuple[list[bool], list[bool]]:
+            loss = model(**batch()).loss
+            in_step = [kept.is_proven(i) for i in ALL]
+            loss.backward()
+            return in_step, [kept.is_proven(i) for i in ALL]
+
+        model.add_adapter("other", model.peft_config["default"])
+        assert proven_in_and_after_a_step() == ([False] * 4, [True] * 4)
+        assert proven_in_and_after_a_step() == ([True] * 4, [True] * 4)
+        model.set_adapter("other")
+        assert proven_in_and_after_a_step() == ([False] * 4, [True] * 4)
+        with torch.no_grad():
+            layers[1].mlp.gate_proj.weight.mul_(1)
+        assert proven_in_and_after_a_step() == ([True, False, True, True], [True] * 4)
 
 
 def test_a_resident_layer_with_such_a_function_is_kept() -> None:

@@ -17,7 +17,7 @@ from hf_lema.reporting import plots
 from hf_lema.reporting.chart_style import Chart
 from hf_lema.reporting.charts import duel_charts
 from hf_lema.reporting.contender import ContenderResult, UseSample
-from hf_lema.reporting.duel_record import DuelRecord, duel_from_json, read_duels
+from hf_lema.reporting.duel_record import DuelRecord, duel_from_json, duel_title, read_duels
 from hf_lema.reporting.headline import headline
 from hf_lema.reporting.label_places import label_positions
 from hf_lema.reporting.memory_bars import ram_bars, vram_bars
@@ -206,6 +206,25 @@ def test_other_choices_are_other_contenders_of_the_same_job_and_without_dropout_
     ]
     assert without.title == f"{with_dropout.title}, no LoRA dropout"
     assert [result.name for result in without.results] == ["qlora", "lema-nf4"]
+
+
+def test_choices_that_differ_in_their_layers_alone_are_not_runs_of_one_contender(tmp_path: Path) -> None:
+    line = json.loads((ROOT / "recipes/results/h100-7b-nf4-b.jsonl").read_text(encoding="utf-8").splitlines()[2])
+    path = tmp_path / "bench.jsonl"
+    choices = ["{}", '{"kept_layers":[0,1]}', '{"resident_layers":[0],"kept_layers":[0]}']
+    lines = [json.dumps(line | {"options": line["options"] | {"choices": text}}) for text in choices]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    (duel,) = read_duels([path])
+
+    ways = ["layers off", "layers off, 2 kept", "layers off, 1 resident, 1 kept"]
+    assert [result.name for result in duel.results] == [f"lema-nf4 whole batches, {way}" for way in ways]
+
+
+def test_runs_beside_others_have_a_title_of_their_own() -> None:
+    settings = {"model": "m", "batch_size": 8, "seq_len": 512, "precision": "fp16"}
+    assert duel_title(settings | {"num_at_once": 1}) == duel_title(settings) == "m, 8 x 512 tokens, fp16"
+    assert duel_title(settings | {"num_at_once": 4}) == "m, 8 x 512 tokens, fp16, 4 at a time"
+    assert duel_title({"num_at_once": 2}) == "a model, 2 at a time"
 
 
 def test_a_bench_of_some_layers_is_not_titled_as_one_of_the_whole_model(tmp_path: Path) -> None:
@@ -402,6 +421,18 @@ def test_planned_bars_are_all_of_what_is_planned(path: Path) -> None:
         name: plan["host_private_bytes"] for name, plan in duel.plans.items() if plan["host_private_bytes"]
     }
     assert {"peft", "lema-nf4"} & planned.keys()
+
+
+def test_a_plan_from_before_layers_kept_activations_can_still_be_drawn() -> None:
+    old = dict(PLAN, phases=[{k: v for k, v in phase.items() if k != "kept_bytes"} for phase in PLAN["phases"]])
+    old["host"] = {k: v for k, v in PLAN["host"].items() if k != "optimizer_bytes"}
+    bars = [
+        [bar.parts for bar in of(a_duel().results, {"lema": old}) if bar.is_planned] for of in (vram_bars, ram_bars)
+    ]
+
+    assert "kept activations" not in bars[0][0]
+    assert bars[0][0]["boundary activations"] == bars[0][0]["activations"] == GIB
+    assert bars[1][0] == {"layers": 12 * GIB}
 
 
 def test_a_plan_that_lacks_a_field_is_an_error_that_names_it() -> None:

@@ -145,15 +145,23 @@ def test_the_overview_has_a_column_for_each_job_and_a_row_for_each_contender(tmp
     made = duel_overview.overview(sorted(tmp_path.iterdir()))
 
     assert made.startswith("**llama-2-70b shape, fp16**: seconds a step · GiB of VRAM · GiB of RAM\n\n")
+    held = "held to 16.00 GiB of VRAM"
     links = [f"[H100](recipes/results/{name}.json)" for name in ("small", "whole", "held")]
     assert [line.split(" | ") for line in lines_of(made)] == [
-        ["| contender", f"8 x 512, {links[0]}", f"32 x 512, {links[1]}", f"8 x 512, held to 16.00 GiB, {links[2]} |"],
+        [
+            "| contender",
+            f"8 x 512 tokens, {links[0]}",
+            f"32 x 512 tokens, {links[1]}",
+            f"8 x 512 tokens, {held}, {links[2]} |",
+        ],
         ["| peft", "0.500 · 30.0 · 1.00", "1.000 · 40.0 · 1.00", " |"],
         ["| qlora", "", "out of memory", " |"],
         ["| lema", "", "2.000 · 4.00 · 1.00", " |"],
         ["| lema@6GiB", "", "", "1.500 · 6.00 · 1.00 |"],
     ]
-    assert made.endswith("What others do better:\n\n- 32 x 512: peft takes 1.000 s a step, lema at best 2.000 s.")
+    assert made.endswith(
+        "What others do better:\n\n- 32 x 512 tokens: peft takes 1.000 s a step, lema at best 2.000 s."
+    )
 
 
 def test_of_two_records_of_a_job_the_overview_takes_that_with_more_contenders_then_the_newest(tmp_path: Path) -> None:
@@ -162,11 +170,41 @@ def test_of_two_records_of_a_job_the_overview_takes_that_with_more_contenders_th
     write_duel(tmp_path / "a.json", rows, time_utc="2026-12-02T00:00:00Z")
     write_duel(tmp_path / "b.json", rows, time_utc="2026-12-03T00:00:00Z")
     write_duel(tmp_path / "c.json", [a_row("peft", 9.0, 40), skipped], time_utc="2026-12-04T00:00:00Z")
+    write_duel(tmp_path / "d.json", [skipped], seq_len=64)
     made = duel_overview.overview(sorted(tmp_path.iterdir()))
 
     assert "recipes/results/b.json" in made
     assert "a.json" not in made
     assert "c.json" not in made
+    assert "64 tokens" not in made
+
+
+def test_what_a_record_lacks_comes_from_another_of_the_same_machine_and_job(tmp_path: Path) -> None:
+    write_duel(tmp_path / "a.json", [a_row("peft", 1.0, 40), a_row("lema", 2.0, 4)])
+    rows = [a_row("peft", 3.0, 40), a_row("qlora", 4.0, 10)]
+    write_duel(tmp_path / "b.json", rows[1:], time_utc="2026-12-02T00:00:00Z")
+    write_duel(tmp_path / "two.json", rows, num_processes=2)
+    made = duel_overview.overview(sorted(tmp_path.iterdir()))
+
+    head, peft, qlora, lema = (line.split(" | ") for line in lines_of(made))
+    assert head[1] == "8 x 512 tokens, [H100](recipes/results/a.json), [2](recipes/results/b.json)"
+    assert head[2] == "8 x 512 tokens, 2 processes, [H100](recipes/results/two.json) |"
+    assert [row[1] for row in (peft, qlora, lema)] == [
+        "1.000 · 40.0 · 1.00",
+        "4.000 · 10.0 · 1.00",
+        "2.000 · 4.00 · 1.00",
+    ]
+
+
+def test_a_record_that_does_not_say_its_size_or_precision_has_a_column(tmp_path: Path) -> None:
+    path = write_duel(tmp_path / "a.json", [a_row("peft", 1.0, 40)], precision=None)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["settings"]["seq_len"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    made = duel_overview.overview([path])
+
+    assert made.startswith("**llama-2-70b shape**: ")
+    assert "| contender | [H100](recipes/results/a.json) |" in made
 
 
 def test_models_have_overviews_of_their_own_and_without_a_card_it_is_ram_that_is_compared(tmp_path: Path) -> None:

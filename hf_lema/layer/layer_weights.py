@@ -264,6 +264,7 @@ class LayerWeights:
         ]
         if not touched:
             return
+        self._options.kept.forget(self.layer_idx)
         promoted = [t for t in touched if self.registered(t).requires_grad]
         if promoted:
             self._promote(promoted)

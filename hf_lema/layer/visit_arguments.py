@@ -17,7 +17,7 @@ _LOSING_FLAGS = ("output_attentions", "output_router_logits")
 
 
 class VisitArguments:
-    """What the layers of a class are called with.
+    """What a layer is called with.
 
     Args:
         layer_idx: Position of the layer in the model.
@@ -35,7 +35,7 @@ class VisitArguments:
     @property
     def num_named(self) -> int:
         """Positional arguments after the hidden states that have a name."""
-        return len(self._names) - 1
+        return max(0, len(self._names) - 1)  # none in a forward of *args
 
     def named(self, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
         """Positional arguments after the hidden states, with the names that the layer's forward gives them."""

@@ -22,6 +22,7 @@ _NAMED = {
     "tier": "{}",
     "choices": "{}",
     "vram_budget": "{}",
+    "ram_budget": "RAM {}",
     "num_slots": "{} slots",
     "micro_batch_size": "micro-batch {}",
 }
@@ -32,8 +33,9 @@ _OFF_THE_CARD = {
     (False, True): "embedding and head off",
     (True, True): "all off",
 }
-_STREAMED = "lema"
-"""Contenders whose names begin so are set up in more ways than one."""
+_LAYERS = {"resident_layers": "resident", "kept_layers": "kept"}
+STREAMED = "lema"
+"""A streamed contender has a name that begins so; it is set up in more ways than one."""
 _LINE_KEYS = ("options", "step_s", "loss", "environment")
 
 
@@ -79,7 +81,9 @@ def way_to_run(options: Mapping[str, Any]) -> str | None:
     parts += [f"forward of {at_once}"] if at_once else []
     parts += [f"tiles of {choices['tile_tokens']}"] if choices.get("tile_tokens") else []
     off = (bool(choices.get("boundaries_in_ram")), bool(choices.get("outside_in_ram")))
-    return ", ".join([*parts, _OFF_THE_CARD[off]])
+    parts.append(_OFF_THE_CARD[off])
+    parts += [f"{len(choices[name])} {word}" for name, word in _LAYERS.items() if choices.get(name)]
+    return ", ".join(parts)
 
 
 def _job(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _varied(options: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
             name for name in _NAMED if len({str(row.get(name)) for row in options if row["contender"] == contender}) > 1
         }
         for contender in {row["contender"] for row in options}
-        if contender.startswith(_STREAMED)
+        if contender.startswith(STREAMED)
     }
 
 

@@ -118,17 +118,24 @@ def duel_from_json(record: Any) -> DuelRecord:
 
 def duel_title(settings: Mapping[str, Any]) -> str:
     """The job in a few words: the same for two duels that can be compared on one machine."""
-    parts = [str(settings.get("model", "a model"))]
-    if {"batch_size", "seq_len"} <= settings.keys():
-        parts.append(f"{settings['batch_size']} x {settings['seq_len']} tokens")
-    parts += [str(settings[name]) for name in ("precision",) if settings.get(name)]
+    size, *more = job_words(settings)
+    precision = [str(settings["precision"])] if settings.get("precision") else []
+    return ", ".join([str(settings.get("model", "a model")), *filter(None, [size]), *precision, *more])
+
+
+def job_words(settings: Mapping[str, Any]) -> list[str]:
+    """What tells the jobs of one model in one precision apart: the size, empty where it is not known, then the rest."""
+    is_known = {"batch_size", "seq_len"} <= settings.keys()
+    parts = [f"{settings['batch_size']} x {settings['seq_len']} tokens" if is_known else ""]
     if (num_processes := settings.get("num_processes") or 1) > 1:
         parts.append(f"{num_processes} processes")
     if (limit_bytes := settings.get("vram_limit_bytes")) is not None:
         parts.append(f"held to {format_bytes(limit_bytes)} of VRAM")
     if settings.get("lora_dropout") == 0:
         parts.append("no LoRA dropout")
-    return ", ".join(parts)
+    if (num_at_once := settings.get("num_at_once") or 1) > 1:
+        parts.append(f"{num_at_once} at a time")
+    return parts
 
 
 def _job_key(duel: DuelRecord) -> str:

@@ -86,6 +86,7 @@ def ram_bars(results: Sequence[ContenderResult], plans: Mapping[str, Plan]) -> l
     for result in results:
         if result.name in plans:
             host = _field(result.name, plans[result.name], "host")
+            host = {"optimizer_bytes": 0} | dict(host)  # older plans have no such field
             parts = {part: _field(result.name, host, name) for part, name in _ON_THE_HOST.items()}
             bars.append(_bar(result.name, parts, is_planned=True))
         private, pages = result.ram_private_above_imports_peak_bytes, result.ram_file_peak_bytes
@@ -104,9 +105,10 @@ def _planned_vram(name: str, plan: Plan) -> dict[str, int]:
     phases = _field(name, plan, "phases")
     if not phases:
         raise ValueError(f"the memory plan of {name} has no phase")
+    phases = [{"kept_bytes": 0} | dict(phase) for phase in phases]  # older plans keep nothing and have no such field
     peak = max(phases, key=lambda phase: sum(_field(name, phase, field) for field in _AT_THE_PEAK.values()))
     parts |= {part: peak[field] for part, field in _AT_THE_PEAK.items()}
-    # Plans of records that are older have no such part.
+    # Nor have they this part.
     return parts | {"DDP's buckets": plan.get("bucket_bytes", 0), CONTEXT: _field(name, plan, "context_bytes")}
 
 
