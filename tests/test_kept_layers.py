@@ -402,25 +402,25 @@ def test_modules_that_come_into_a_kept_layer_later_are_proven_anew() -> None:
         assert not any(kept.wants(i) for i in ALL)
 
 
-def test_a_proof_is_taken_back_when_another_adapter_or_other_weights_compute() -> None:
+def test_a_layer_is_proven_with_each_adapter_once_and_again_with_other_weights() -> None:
     with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model:
-        layers = model.get_base_model().model.layers
-        kept: KeptLayers = layers[0]._lema._options.kept
 
-        def proven_in_and_after_a_step() -> tuple[list[bool], list[bool]]:
+        def num_proven_in_a_step() -> int:
             loss = model(**batch()).loss
-            in_step = [kept.is_proven(i) for i in ALL]
+            made = [graph for graph in graphs() if isinstance(graph, KeptGraph)]
+            assert len(made) == NUM_LAYERS
             loss.backward()
-            return in_step, [kept.is_proven(i) for i in ALL]
+            return sum(graph.is_proven for graph in made)
 
         model.add_adapter("other", model.peft_config["default"])
-        assert proven_in_and_after_a_step() == ([False] * 4, [True] * 4)
-        assert proven_in_and_after_a_step() == ([True] * 4, [True] * 4)
+        assert [num_proven_in_a_step() for _ in range(2)] == [0, NUM_LAYERS]
         model.set_adapter("other")
-        assert proven_in_and_after_a_step() == ([False] * 4, [True] * 4)
+        assert [num_proven_in_a_step() for _ in range(2)] == [0, NUM_LAYERS]
+        model.set_adapter("default")
+        assert num_proven_in_a_step() == NUM_LAYERS, "adapters in turn are not proven again and again"
         with torch.no_grad():
-            layers[1].mlp.gate_proj.weight.mul_(1)
-        assert proven_in_and_after_a_step() == ([True, False, True, True], [True] * 4)
+            model.get_base_model().model.layers[1].mlp.gate_proj.weight.mul_(1)
+        assert [num_proven_in_a_step() for _ in range(2)] == [NUM_LAYERS - 1, NUM_LAYERS]
 
 
 def test_a_resident_layer_with_such_a_function_is_kept() -> None:
@@ -463,13 +463,13 @@ def test_unknown_layers_are_refused() -> None:
 def test_gradients_that_are_not_finite_prove_nothing() -> None:
     kept = KeptLayers([0])
     good, bad = torch.ones(3), torch.full((3,), torch.nan)
-    assert not kept.agree(0, [bad, None], [bad, None])
+    assert not kept.agree(0, "a", [bad, None], [bad, None])
     assert kept.wants(0)
-    assert not kept.is_proven(0)
+    assert not kept.is_proven(0, "a")
     with pytest.warns(UserWarning, match="recomputed instead of kept"):
-        assert not kept.agree(0, [bad, None], [good, None])
+        assert not kept.agree(0, "a", [bad, None], [good, None])
     assert not kept.wants(0)
-    assert KeptLayers([0]).agree(0, [good, None], [good, None])
+    assert KeptLayers([0]).agree(0, "a", [good, None], [good, None])
 
 
 # ---- what is left behind ----

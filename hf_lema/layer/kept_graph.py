@@ -7,14 +7,14 @@ Note [lent memory]: when the backward comes, the layer's weights lie in another 
 So of a saved tensor that lies in lent memory only its place there is kept, and the same view of the memory that is lent
 to the backward is given back. A custom autograd Function that holds a weight as an attribute goes past this, and would
 compute with whatever lies there. So the first kept visit of a layer whose weights move runs on copies of them that are
-overwritten at its end, and its gradients are compared with a recompute's. When other modules or parameters come into
-the layer, it is proven anew.
+overwritten at its end, and its gradients are compared with a recompute's. So is the first with
+another adapter, and the first after modules, parameters or weights have changed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,23 +37,32 @@ class KeptLayers:
 
     def __init__(self, layers: Iterable[int] = ()) -> None:
         self.layers = frozenset(layers)
-        self._proven: set[int] = set()
+        self._proven: dict[int, set[Hashable]] = {}
         self._refused: set[int] = set()
 
     def wants(self, layer_idx: int) -> bool:
         """Whether a layer is to keep the graph of its coming visit."""
         return layer_idx in self.layers and layer_idx not in self._refused
 
-    def is_proven(self, layer_idx: int) -> bool:
-        """Whether a layer's kept graph has given the gradients of a recompute."""
-        return layer_idx in self._proven
+    def is_proven(self, layer_idx: int, trained: Hashable) -> bool:
+        """Whether a layer's kept graph has given the gradients of a recompute.
+
+        Args:
+            layer_idx: The layer.
+            trained: Which of its tensors were trained: with another adapter other modules compute.
+        """
+        return trained in self._proven.get(layer_idx, ())
 
     def forget(self, layer_idx: int) -> None:
-        """Takes a layer's proof back: other modules may compute in it now. What was refused stays so."""
-        self._proven.discard(layer_idx)
+        """Takes a layer's proofs back: other modules may compute in it now. What was refused stays so."""
+        self._proven.pop(layer_idx, None)
 
     def agree(
-        self, layer_idx: int, kept: Sequence[torch.Tensor | None], recomputed: Sequence[torch.Tensor | None]
+        self,
+        layer_idx: int,
+        trained: Hashable,
+        kept: Sequence[torch.Tensor | None],
+        recomputed: Sequence[torch.Tensor | None],
     ) -> bool:
         """Compares the gradients of a layer's first kept visit with those of its recompute.
 
@@ -71,7 +80,7 @@ class KeptLayers:
                 "holds weights as attributes does)",
             )
             return False
-        self._proven.add(layer_idx)
+        self._proven.setdefault(layer_idx, set()).add(trained)
         return True
 
     def refuse(self, layer_idx: int, reason: str) -> None:

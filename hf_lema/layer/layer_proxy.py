@@ -88,7 +88,6 @@ class ProxyState(LayerWeights):
         self.on_sweep: Callable[[int, int], None] | None = None
         self.check: SelfCheck | None = None
         self._arguments = VisitArguments(layer_idx, self.plain_class, config)
-        self._trained: list[int] = []  # identities of what the last training visit trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One visit: plain where no gradient is needed, else through the recompute Function."""
@@ -118,10 +117,6 @@ class ProxyState(LayerWeights):
                 return self.call_plain(*args, **kwargs)
         others, kwargs = self._arguments.without_cache(args[1:], kwargs)
         self._arguments.refuse_lost_gradients(others, kwargs)
-        trained = [id(parameter) for _, _, parameter in trainables]
-        if trained != self._trained:  # another adapter is active
-            self._options.kept.forget(self.layer_idx)
-            self._trained = trained
         slots = [(registry, name) for registry, name, _ in trainables]
         hooks = ForwardHooks.capture(self._modules[1:])
         # By name, so that they can be cut; what lies beyond the names of the signature stays positional.

@@ -131,7 +131,7 @@ class Visit:
         self._cut(hidden)
         hidden = hidden.detach()
         aliases = tuple(t.detach().requires_grad_() for t in trainables)
-        is_proven = self.layer.stays or self.options.kept.is_proven(self.layer.layer_idx)
+        is_proven = self.layer.stays or self.options.kept.is_proven(self.layer.layer_idx, self._trained)
         with nullcontext() if is_proven else self.layer.copied():
             memory = LentMemory(self.layer.lent())
             with torch.enable_grad(), self._casts_entered(aliases) as casts, memory.saving():
@@ -145,6 +145,10 @@ class Visit:
         if not self.is_cut:
             return tuple(output.detach() for output in outputs[0])
         return tuple(torch.cat([output.detach() for output in same]) for same in zip(*outputs, strict=True))
+
+    @property
+    def _trained(self) -> tuple[tuple[int, str], ...]:
+        return tuple((id(registry), name) for registry, name in self._trainable_slots)
 
     def _cut(self, hidden: torch.Tensor) -> tuple[nn.Dropout, ...]:
         """Decides in which pieces the visit is computed; the dropouts that draw in it."""
@@ -215,7 +219,7 @@ class Visit:
         if graph.is_proven:
             return grads
         again = self._recomputed(hidden, trainables, grad_outputs)
-        return grads if kept.agree(layer_idx, grads, again) else again
+        return grads if kept.agree(layer_idx, self._trained, grads, again) else again
 
     def _recomputed(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
