@@ -238,8 +238,12 @@ def write_results(args: argparse.Namespace, source: ModelSource, outcomes: list[
     notes = [f"{result.name}: {note}" for result in duel.results for note in result.notes]
     print(*duel.remarks, *notes, NOISE_RULE, sep="\n")
     plots = write_plots(duel.results, folder)
-    options: dict[str, Any] = {"settings": duel.settings, "plots": plots, "baseline_name": baseline}
-    options["sections"] = [" ".join(duel.remarks)]
+    options: dict[str, Any] = {
+        "settings": duel.settings,
+        "plots": plots,
+        "sections": duel.remarks,
+        "baseline_name": baseline,
+    }
     write_markdown(duel.results, duel.environment, folder / "report.md", **options)
     files = ["report.md", "results.json", *(plot.name for plot in plots)]
     if importlib.util.find_spec("plotly") is None:

@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "recipes" / "results"
 LINKS = "../recipes/results"
 """Where the records are, seen from docs/."""
-OURS = STREAMED
 NUM_SLOTS = LemaConfig().num_slots
 
 
@@ -123,7 +122,7 @@ def _one_line(line: str) -> DuelRecord:
 
 
 def _set_up(options: dict[str, Any]) -> str:
-    if not options["contender"].startswith(OURS):
+    if not options["contender"].startswith(STREAMED):
         return str(options["contender"])
     places = {"ram": "in RAM", "disk": "from disk", "mixed": "in RAM and on disk"}
     place = "from cold files" if options.get("cold") else places[options["tier"]]
@@ -173,7 +172,7 @@ def _newest(lines: Sequence[Line]) -> list[Line]:
 
 def is_ours(line: Line) -> bool:
     """Whether it is a streamed model's."""
-    return line.label.startswith(OURS)
+    return line.label.startswith(STREAMED)
 
 
 def _has_vram(lines: Sequence[Line]) -> bool:
@@ -227,7 +226,7 @@ def better(lines: Sequence[Line]) -> list[str]:
     finished = [line for line in lines if line.result.status == "ok"]
     ours, others = [line for line in finished if is_ours(line)], [line for line in finished if not is_ours(line)]
     parts = [
-        f"{best.label} takes {seconds(best.step_s)} s a step, {OURS} at best {seconds(own.step_s)} s"
+        f"{best.label} takes {seconds(best.step_s)} s a step, {STREAMED} at best {seconds(own.step_s)} s"
         for best, own in _faster(others, ours)
     ]
     # Private RAM alone leaves out the weights of a stock model on the CPU, which are pages of its mapped file.
@@ -236,7 +235,7 @@ def better(lines: Sequence[Line]) -> list[str]:
         if (pair := _best_of_both(others, ours, figure.quantity, read)) is not None:
             best, _ = pair
             least, least_own = (f"{to_gib(getattr(line.result, figure.field)):.2f}" for line in pair)
-            parts.append(f"{best.label} needs {least} GiB of {figure.quantity}, {OURS} at least {least_own}")
+            parts.append(f"{best.label} needs {least} GiB of {figure.quantity}, {STREAMED} at least {least_own}")
     return parts
 
 

@@ -7,8 +7,8 @@ Note [lent memory]: when the backward comes, the layer's weights lie in another 
 So of a saved tensor that lies in lent memory only its place there is kept, and the same view of the memory that is lent
 to the backward is given back. A custom autograd Function that holds a weight as an attribute goes past this, and would
 compute with whatever lies there. So the first kept visit of a layer whose weights move runs on copies of them that are
-overwritten at its end, and its gradients are compared with a recompute's. So is the first with
-another adapter, and the first after modules, parameters or weights have changed.
+overwritten at its end, and its gradients are compared with a recompute's. So is the first with another adapter, and the
+first after modules, parameters or weights have changed.
 """
 
 from __future__ import annotations

@@ -106,6 +106,6 @@ def _write_markdown(duel: DuelRecord, path: Path, baseline_name: str) -> list[Pa
         plots=plots,
         baseline_name=baseline_name,
         title=duel.title,
-        sections=[" ".join(duel.remarks)] if duel.remarks else [],
+        sections=duel.remarks,
     )
     return [path, *plots]
