@@ -1,6 +1,6 @@
 """The duel: the same adapter trained by stock PEFT, QLoRA and LEMA, each in a process of its own, side by side.
 
-    python recipes/compare_peft.py                       a real model and real examples, six minutes on two CPU cores
+    python recipes/compare_peft.py                       a real model and real examples, two minutes on two CPU cores
     python recipes/compare_peft.py --quick               a smoke run of about a minute
     python recipes/compare_peft.py --scenario t4-7b      a job from scenarios/
     python recipes/compare_peft.py --gpus 0,1            two contenders at a time, each alone on a card
