@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hf_lema.measuring.telemetry import rank_path
+from hf_lema.measuring.records import rank_path
 from hf_lema.units import GIB
 
 BENCH = Path(__file__).resolve().parent / "bench_step.py"

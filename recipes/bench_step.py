@@ -38,8 +38,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_lema import LemaConfig, MemoryTelemetryCallback, StepChoices, get_streamer
+from hf_lema.measuring.records import rank_path
 from hf_lema.measuring.sampler import read_proportional_private_bytes
-from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, rank_path, read_process_memory
+from hf_lema.measuring.telemetry import MemorySampler, ProcessMemory, environment_record, read_process_memory
 from hf_lema.runtime.local_ranks import LocalGroup
 from hf_lema.runtime.numa import node_of_card
 from hf_lema.units import parse_bytes

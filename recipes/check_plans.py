@@ -22,8 +22,9 @@ from peft import LoraConfig
 from hf_lema import LemaConfig
 from hf_lema.planning.device_rates import DeviceRates
 from hf_lema.planning.memory_plan import MemoryPlan
-from hf_lema.planning.planner import best_plan, stock_plan
+from hf_lema.planning.planner import best_plan
 from hf_lema.planning.step_cost import PlanOptions, StepCost
+from hf_lema.planning.stock_plan import stock_plan
 from hf_lema.units import GIB, to_gib
 
 RESULTS = Path(__file__).resolve().parent / "results"

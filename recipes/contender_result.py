@@ -18,8 +18,9 @@ from hf_lema import LemaConfig, MemoryTelemetryCallback, get_streamer
 from hf_lema.measuring.telemetry import PeakMemory, ProcessMemory
 from hf_lema.planning.device_rates import rates_of
 from hf_lema.planning.plan_table import plan_as_dict
-from hf_lema.planning.planner import plan_memory, plan_stock
+from hf_lema.planning.planner import plan_memory
 from hf_lema.planning.step_cost import PlanOptions
+from hf_lema.planning.stock_plan import plan_stock
 from hf_lema.reporting.contender import ContenderResult, UseSample
 from hf_lema.wrapper import find_choices
 

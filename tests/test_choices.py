@@ -31,8 +31,8 @@ from models import (
 from hf_lema import LemaConfig, MemoryPlan, StepChoices, plan_memory
 from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DATA_SHEETS
-from hf_lema.planning.planner import plan_stock
 from hf_lema.planning.step_cost import PlanOptions
+from hf_lema.planning.stock_plan import plan_stock
 from hf_lema.runtime.residency import Planned
 from hf_lema.wrapper import apply_choices, find_choices, find_streamer
 

@@ -410,7 +410,7 @@ def test_a_layer_is_proven_with_each_adapter_once_and_again_with_other_weights()
             made = [graph for graph in graphs() if isinstance(graph, KeptGraph)]
             assert len(made) == NUM_LAYERS
             loss.backward()
-            return sum(graph.is_proven for graph in made)
+            return sum(graph.proofs is None for graph in made)
 
         model.add_adapter("other", model.peft_config["default"])
         assert [num_proven_in_a_step() for _ in range(2)] == [0, NUM_LAYERS]
@@ -421,6 +421,20 @@ def test_a_layer_is_proven_with_each_adapter_once_and_again_with_other_weights()
         with torch.no_grad():
             model.get_base_model().model.layers[1].mlp.gate_proj.weight.mul_(1)
         assert [num_proven_in_a_step() for _ in range(2)] == [NUM_LAYERS - 1, NUM_LAYERS]
+
+
+def test_a_visit_from_before_a_change_proves_nothing_of_what_computes_after_it() -> None:
+    with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model:
+        layer = model.get_base_model().model.layers[1]
+        before = model(**batch()).loss
+        gate = layer.mlp.gate_proj
+        layer.mlp.gate_proj = nn.Sequential(gate)  # the same numbers from other modules
+        after = model(**batch()).loss
+        before.backward()
+        kept: KeptLayers = layer._lema._options.kept
+        assert [len(kept.proofs(i)) for i in ALL] == [1, 0, 1, 1]
+        after.backward()
+        assert [len(kept.proofs(i)) for i in ALL] == [1, 1, 1, 1]
 
 
 def test_a_resident_layer_with_such_a_function_is_kept() -> None:
@@ -463,13 +477,12 @@ def test_unknown_layers_are_refused() -> None:
 def test_gradients_that_are_not_finite_prove_nothing() -> None:
     kept = KeptLayers([0])
     good, bad = torch.ones(3), torch.full((3,), torch.nan)
-    assert not kept.agree(0, "a", [bad, None], [bad, None])
+    assert not kept.agree(0, [bad, None], [bad, None])
     assert kept.wants(0)
-    assert not kept.is_proven(0, "a")
     with pytest.warns(UserWarning, match="recomputed instead of kept"):
-        assert not kept.agree(0, "a", [bad, None], [good, None])
+        assert not kept.agree(0, [bad, None], [good, None])
     assert not kept.wants(0)
-    assert KeptLayers([0]).agree(0, "a", [good, None], [good, None])
+    assert KeptLayers([0]).agree(0, [good, None], [good, None])
 
 
 # ---- what is left behind ----

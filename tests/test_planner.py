@@ -33,9 +33,10 @@ from hf_lema.planning.plan_table import (
     format_plans,
     plan_as_dict,
 )
-from hf_lema.planning.planner import GAPS, TILE_TOKENS, best_plan, plan_memory, plan_stock, stock_plan
+from hf_lema.planning.planner import GAPS, TILE_TOKENS, best_plan, plan_memory
 from hf_lema.planning.rehearsal import Rehearsal
 from hf_lema.planning.step_cost import PlanOptions, StepCost
+from hf_lema.planning.stock_plan import plan_stock, stock_plan
 from hf_lema.runtime.host_store import RamStore
 from hf_lema.units import GIB, MIB, format_bytes
 from hf_lema.wrapper import apply_choices

@@ -44,27 +44,22 @@ class KeptLayers:
         """Whether a layer is to keep the graph of its coming visit."""
         return layer_idx in self.layers and layer_idx not in self._refused
 
-    def is_proven(self, layer_idx: int, trained: Hashable) -> bool:
-        """Whether a layer's kept graph has given the gradients of a recompute.
+    def proofs(self, layer_idx: int) -> set[Hashable]:
+        """With which trained tensors a layer's kept graph has given the gradients of a recompute.
 
-        Args:
-            layer_idx: The layer.
-            trained: Which of its tensors were trained: with another adapter other modules compute.
+        With another adapter other modules compute. Once the layer is forgotten this is another set: a visit from before
+        adds its proof to the old one.
         """
-        return trained in self._proven.get(layer_idx, ())
+        return self._proven.setdefault(layer_idx, set())
 
     def forget(self, layer_idx: int) -> None:
         """Takes a layer's proofs back: other modules may compute in it now. What was refused stays so."""
         self._proven.pop(layer_idx, None)
 
     def agree(
-        self,
-        layer_idx: int,
-        trained: Hashable,
-        kept: Sequence[torch.Tensor | None],
-        recomputed: Sequence[torch.Tensor | None],
+        self, layer_idx: int, kept: Sequence[torch.Tensor | None], recomputed: Sequence[torch.Tensor | None]
     ) -> bool:
-        """Compares the gradients of a layer's first kept visit with those of its recompute.
+        """Whether the gradients of a layer's kept visit are those of its recompute.
 
         Where they differ (at all on the CPU, by more than rounding on a GPU, whose kernels may add in any order) the
         layer is recomputed from now on. Gradients that are not finite, as those of a loss scaled too high, say nothing.
@@ -80,7 +75,6 @@ class KeptLayers:
                 "holds weights as attributes does)",
             )
             return False
-        self._proven.setdefault(layer_idx, set()).add(trained)
         return True
 
     def refuse(self, layer_idx: int, reason: str) -> None:
@@ -198,12 +192,12 @@ class KeptGraph:
         memory: What they save.
         trainables: Aliases of the trainable tensors, leaves of the graphs.
         casts: Of these.
-        is_proven: Whether it needs no comparison with a recompute.
+        proofs: Where its proof goes; None where it needs none.
         parts: Hidden states, a leaf, and outputs of each piece that has not been differentiated yet.
     """
 
     memory: LentMemory
     trainables: tuple[torch.Tensor, ...]
     casts: JointCasts
-    is_proven: bool
+    proofs: set[Hashable] | None
     parts: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = field(default_factory=list)

@@ -131,11 +131,12 @@ class Visit:
         self._cut(hidden)
         hidden = hidden.detach()
         aliases = tuple(t.detach().requires_grad_() for t in trainables)
-        is_proven = self.layer.stays or self.options.kept.is_proven(self.layer.layer_idx, self._trained)
-        with nullcontext() if is_proven else self.layer.copied():
+        found = self.options.kept.proofs(self.layer.layer_idx)
+        proofs = None if self.layer.stays or self._trained in found else found
+        with nullcontext() if proofs is None else self.layer.copied():
             memory = LentMemory(self.layer.lent())
             with torch.enable_grad(), self._casts_entered(aliases) as casts, memory.saving():
-                graph = KeptGraph(memory, aliases, casts, is_proven)
+                graph = KeptGraph(memory, aliases, casts, proofs)
                 for piece in self._pieces if self.is_cut else [None]:
                     part = hidden if piece is None else hidden[piece.begin : piece.end]
                     part = part.detach().requires_grad_(needs_gradient)
@@ -216,10 +217,13 @@ class Visit:
         except WrittenError:
             kept.refuse(layer_idx, "has kept activations that were written to in place after its forward")
             return self._recomputed(hidden, trainables, grad_outputs)
-        if graph.is_proven:
+        if graph.proofs is None:
             return grads
         again = self._recomputed(hidden, trainables, grad_outputs)
-        return grads if kept.agree(layer_idx, self._trained, grads, again) else again
+        if not kept.agree(layer_idx, grads, again):
+            return again
+        graph.proofs.add(self._trained)
+        return grads
 
     def _recomputed(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]

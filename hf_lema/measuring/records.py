@@ -181,3 +181,8 @@ def append_json_line(path: Path, figures: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(line + b"\n")
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """The file that a process of a distributed run writes."""
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

@@ -11,12 +11,10 @@ import dataclasses
 import logging
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -25,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_lema.environment import environment_record
 from hf_lema.measuring.base_guard import BaseGuard
+from hf_lema.measuring.full_card import FullCardWarning
 from hf_lema.measuring.records import (
     PeakMemory,
     StepRecord,
@@ -33,17 +32,18 @@ from hf_lema.measuring.records import (
     merged_peak,
     peak_figures,
     progress_line,
+    rank_path,
 )
 from hf_lema.measuring.sampler import MemorySample, MemorySampler, ProcessMemory, read_process_memory
+from hf_lema.measuring.step_counters import StepCounters, TokenCounter
 from hf_lema.measuring.vram_meter import AllocatorPeak, VramMeter, open_vram_meter
 from hf_lema.runtime.numa import node_of_card
-from hf_lema.units import format_bytes
 from hf_lema.wrapper import find_streamer
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_lema.runtime.streamer import LayerStreamer, StreamerStats
+    from hf_lema.runtime.streamer import LayerStreamer
 
 __all__ = [
     "MemorySample",
@@ -58,38 +58,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-# A warning is armed again once use has fallen this far below the threshold, so that a run that rests on it warns once.
-_REARM_MARGIN = 0.02
-
-
-class _TokenCounter:
-    """Forward pre-hook that adds up positions of ``input_ids`` while the model is in training mode.
-
-    Holds no thread, lock or file, so that a model carrying the hook can still be copied.
-    """
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Inside a compiled region a changing count would make the graph compile again at every step.
-        if not module.training or torch.compiler.is_compiling():
-            return
-        token_ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(token_ids, torch.Tensor):
-            self.num_tokens += token_ids.numel()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Counters:
-    """All counters at one moment between two steps; a step's figures are the differences."""
-
-    time_s: float
-    num_tokens: int
-    num_tokens_by_trainer: int
-    allocator: AllocatorPeak | None
-    stream: StreamerStats | None
 
 
 class MemoryTelemetryCallback(TrainerCallback, ExportableState):
@@ -138,32 +106,28 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         console: bool = True,
         allow_changed_base: bool = False,
     ) -> None:
-        if not 0 < warn_fraction <= 1:
-            raise ValueError(f"warn_fraction is a share of the card above 0 and at most 1, got {warn_fraction}")
         if not sample_interval_s > 0:
             raise ValueError(f"sample_interval_s must be above 0, got {sample_interval_s}")
         self.path = None if path is None else Path(path)
         self.records: list[StepRecord] = []
         self.peak: PeakMemory | None = None
-        self._warn_fraction = warn_fraction
+        self._full_card = FullCardWarning(warn_fraction, vram_limit_bytes)
         self._sample_interval_s = sample_interval_s
-        self._vram_limit_bytes = vram_limit_bytes
         self._ram_baseline = read_process_memory() if ram_baseline is None else ram_baseline
         self._console = console
         self._base_guard = BaseGuard(allow_changed_base)
         self._sampler: MemorySampler | None = None  # owned here, from on_train_begin to close()
         self._token_hook: RemovableHandle | None = None  # owned here, likewise
         self._samples: tuple[MemorySample, ...] = ()
-        self._tokens = _TokenCounter()
+        self._tokens = TokenCounter()
         self._meter: VramMeter | None = None
         self._allocator: AllocatorPeak | None = None
         self._streamer: LayerStreamer | None = None
         self._train_start_s = 0.0
         self._num_tokens_at_start = 0
-        self._step_start: _Counters | None = None
+        self._step_start: StepCounters | None = None
         self._num_records_logged = 0
         self._environment: dict[str, Any] = {}
-        self._is_above_threshold = False
         self._process_rank = 0
 
     @classmethod
@@ -203,9 +167,9 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         """What Trainer keeps of the callback in a checkpoint: its arguments, and the identity of the base's files."""
         arguments = {
             "path": None if self.path is None else str(self.path),
-            "warn_fraction": self._warn_fraction,
+            "warn_fraction": self._full_card.fraction,
             "sample_interval_s": self._sample_interval_s,
-            "vram_limit_bytes": self._vram_limit_bytes,
+            "vram_limit_bytes": self._full_card.vram_limit_bytes,
             "console": self._console,
             "allow_changed_base": self._base_guard.is_override,
         }
@@ -256,12 +220,12 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         stored: Any = state.stateful_callbacks.setdefault(type(self).__name__, {})  # type: ignore[union-attr]
         self._base_guard.begin(model, stored[0] if isinstance(stored, list) else stored)
         self.records, self.peak, self._num_records_logged = [], None, 0
-        self._is_above_threshold = False
+        self._full_card.arm()
         self._process_rank = args.process_index
         self._environment = _process_record(args)
         self._meter = open_vram_meter(args.device)
         self._streamer = find_streamer(model)
-        self._tokens = _TokenCounter()
+        self._tokens = TokenCounter()
         self._token_hook = model.register_forward_pre_hook(self._tokens, with_kwargs=True)
         read_vram_bytes = None if self._meter is None else self._meter.read_bytes
         self._sampler = MemorySampler(read_vram_bytes, interval_s=self._sample_interval_s).start()
@@ -291,10 +255,7 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
             **dataclasses.asdict(memory),
             num_steps_done=state.global_step,
             elapsed_s=now_s - self._train_start_s,
-            step_s=end.time_s - start.time_s,
-            num_tokens=_num_tokens_between(start, end),
-            **_allocator_between(start, end),
-            **_stream_between(start, end),
+            **end.figures_since(start),
         )
         self.records.append(record)
         self._write_line("step", record.to_dict())
@@ -369,11 +330,12 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
             ram_file_peak_bytes=sampled.ram_file_bytes,
         )
         self.peak = memory if self.peak is None else merged_peak([self.peak, memory])
-        self._warn_when_full(memory)
+        if self._meter is not None:
+            self._full_card.look(memory, self._meter)
         return memory
 
-    def _read_counters(self, state: TrainerState, now_s: float) -> _Counters:
-        return _Counters(
+    def _read_counters(self, state: TrainerState, now_s: float) -> StepCounters:
+        return StepCounters(
             time_s=now_s,
             num_tokens=self._tokens.num_tokens,
             num_tokens_by_trainer=int(state.num_input_tokens_seen),
@@ -387,29 +349,6 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         self._take_peak(self._sampler)
         if self._step_start is not None:
             self._step_start = self._read_counters(state, time.perf_counter())
-
-    def _warn_when_full(self, memory: PeakMemory) -> None:
-        if self._meter is None or memory.vram_process_peak_bytes is None or memory.vram_reserved_peak_bytes is None:
-            return
-        card_bytes = self._meter.total_bytes
-        if self._vram_limit_bytes is not None:
-            card_bytes = min(card_bytes, self._vram_limit_bytes)
-        # The process's use is held against the card, the allocator's against the fraction that it may reserve.
-        used_bytes, limit_bytes = max(
-            (memory.vram_process_peak_bytes, card_bytes),
-            (memory.vram_reserved_peak_bytes, min(card_bytes, self._meter.allocator_limit_bytes())),
-            key=lambda use: use[0] / use[1],
-        )
-        fraction = used_bytes / limit_bytes
-        if fraction >= self._warn_fraction and not self._is_above_threshold:
-            self._is_above_threshold = True
-            logger.warning(
-                "VRAM in use is %s of %s (%.0f %%), above the threshold of %.0f %%: the next allocation may fail. "
-                "A smaller batch or sequence, or a lower vram_budget for a streamed model, takes less.",
-                *(format_bytes(used_bytes), format_bytes(limit_bytes), 100 * fraction, 100 * self._warn_fraction),
-            )
-        elif fraction < self._warn_fraction - _REARM_MARGIN:
-            self._is_above_threshold = False
 
     # Writing.
 
@@ -439,11 +378,6 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         tqdm.write(line, file=sys.stdout)  # above the progress bar, not through it
 
 
-def rank_path(path: Path, rank: int) -> Path:
-    """The file that a process of a distributed run writes."""
-    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-
-
 def _process_record(args: TrainingArguments) -> dict[str, Any]:
     """Which process of the run this is, and what its card is next to."""
     return {
@@ -452,25 +386,3 @@ def _process_record(args: TrainingArguments) -> dict[str, Any]:
         "local_process_rank_unitless": args.local_process_index,
         "numa_node_unitless": node_of_card(args.device),
     }
-
-
-def _num_tokens_between(start: _Counters, end: _Counters) -> int | None:
-    """The hook's count; where it saw nothing (a compiled model, embeddings as input), Trainer's own, if it counts."""
-    num_tokens = end.num_tokens - start.num_tokens
-    if num_tokens == 0:
-        num_tokens = end.num_tokens_by_trainer - start.num_tokens_by_trainer
-    return num_tokens if num_tokens > 0 else None
-
-
-def _allocator_between(start: _Counters, end: _Counters) -> dict[str, Any]:
-    names = ("num_alloc_retries", "num_ooms")
-    return {name: _difference(start.allocator, end.allocator, name) for name in names}
-
-
-def _stream_between(start: _Counters, end: _Counters) -> dict[str, Any]:
-    names = ("h2d_bytes", "disk_bytes", "wait_s", "num_hits", "num_demand_loads")
-    return {name: _difference(start.stream, end.stream, name) for name in names}
-
-
-def _difference(start: Any, end: Any, name: str) -> Any:
-    return None if start is None or end is None else getattr(end, name) - getattr(start, name)

@@ -17,8 +17,9 @@ from hf_lema.config import LemaConfig
 from hf_lema.planning.device_rates import DeviceRates, rates_here
 from hf_lema.planning.memory_plan import MemoryPlan
 from hf_lema.planning.optimizers import OPTIMIZERS, OptimizerBytes, optimizer_bytes
-from hf_lema.planning.planner import Model, best_plan, stock_plan
-from hf_lema.planning.step_cost import PlanOptions, StepCost
+from hf_lema.planning.planner import best_plan
+from hf_lema.planning.step_cost import Model, PlanOptions, StepCost
+from hf_lema.planning.stock_plan import stock_plan
 from hf_lema.runtime.residency import HEAD_ROOM_BYTES
 from hf_lema.units import format_bytes
 

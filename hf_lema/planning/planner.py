@@ -1,34 +1,22 @@
-"""What a training run will take of VRAM, RAM and time, and how to spend the memory that is left.
+"""What a training run of a streamed model will take of VRAM, RAM and time, and how to spend the memory that is left.
 
-Responsibility: `plan_memory` for a streamed model, `plan_stock` for stock PEFT and QLoRA: arithmetic over what
-`Rehearsal` has counted, and the choice between the ways to run. Allocates nothing and touches no device.
+Responsibility: `plan_memory`: the choice between the ways to run. Allocates nothing and touches no device.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from peft import LoraConfig
-from torch import nn
-from transformers import PretrainedConfig
 
 from hf_lema.config import LemaConfig
-from hf_lema.model.outside import PIECE_BYTES
-from hf_lema.model.stores import RAM_HEAD_ROOM_BYTES
 from hf_lema.planning.device_rates import DeviceRates, rates_here
-from hf_lema.planning.memory_plan import HostBytes, MemoryPlan, Place, StepTime
-from hf_lema.planning.meter import allocated_bytes
-from hf_lema.planning.rehearsal import PartCost
-from hf_lema.planning.step_cost import PlanOptions, StepCost, VisitCosts
-from hf_lema.runtime.host_memory import available_host_bytes
-from hf_lema.runtime.host_store import MAX_RING_BYTES, ring_bytes
-from hf_lema.runtime.mixed_store import layers_in_ram
+from hf_lema.planning.memory_plan import MemoryPlan, Place
+from hf_lema.planning.step_cost import Model, PlanOptions, StepCost
+from hf_lema.planning.streamed_plans import Choice, StreamedPlans
 from hf_lema.runtime.residency import HEAD_ROOM_BYTES
-from hf_lema.runtime.schedule import choose_resident, transfers_per_step
 from hf_lema.units import format_bytes
 
 MIN_TILE_TOKENS, TILE_TOKENS = 1024, 4096
@@ -56,17 +44,6 @@ MAX_MIN_SLOWDOWN = 1.2
 
 ALIKE_VRAM = 1.05
 """Under ``vram_budget="min"``: a forward in other pieces that takes at most so many times the least VRAM is as good."""
-
-Model = str | Path | PretrainedConfig | nn.Module
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    micro_batch_size: int
-    forward_micro_batch_size: int
-    tile_tokens: int
-    boundaries: Place
-    embedding_and_head: Place
 
 
 def plan_memory(
@@ -122,91 +99,6 @@ def best_plan(cost: StepCost, config: LemaConfig, options: PlanOptions) -> Memor
     return _Search(cost, config, options).best()
 
 
-def plan_stock(
-    model: Model,
-    *,
-    batch_size: int,
-    seq_len: int,
-    lora: LoraConfig | int | None = 16,
-    rates: DeviceRates | None = None,
-    options: PlanOptions | None = None,
-    is_checkpointed: bool = True,
-) -> MemoryPlan:
-    """Plans stock PEFT with the whole model in VRAM, or QLoRA where the options ask for NF4.
-
-    Args:
-        model: As for `plan_memory`.
-        batch_size: As there.
-        seq_len: As there.
-        lora: As there.
-        rates: As there.
-        options: As there; places and budgets do not count.
-        is_checkpointed: Whether gradient checkpointing is on.
-    """
-    options = options or PlanOptions()
-    rates = rates or rates_here()
-    cost = StepCost(model, batch_size, seq_len, lora, rates, options, is_upcast=options.is_packed)
-    return stock_plan(cost, is_checkpointed)
-
-
-def stock_plan(cost: StepCost, is_checkpointed: bool) -> MemoryPlan:
-    """`plan_stock` for a step whose cost is known.
-
-    Args:
-        cost: Of the step.
-        is_checkpointed: Whether gradient checkpointing is on.
-    """
-    visits, ends, tensors = cost.stock_visits(is_checkpointed), cost.ends(False), cost.tensors
-    launch = cost.options.launch
-    return MemoryPlan(
-        contender="qlora" if cost.options.is_packed else "peft",
-        model=cost.name,
-        batch_size=cost.batch_size,
-        seq_len=cost.seq_len,
-        micro_batch_size=cost.batch_size,
-        forward_micro_batch_size=cost.batch_size,
-        tile_tokens=0,
-        resident_layers=tuple(range(cost.num_layers)),
-        kept_layers=tuple(range(visits.first_kept, cost.num_layers)),
-        recomputed_layers=tuple(range(cost.lowest, visits.first_kept)),
-        num_layers=cost.num_layers,
-        tier="vram",
-        boundaries="vram",
-        embedding_and_head="vram",
-        slots_bytes=0,
-        resident_bytes=sum(tensors.layer_bytes.values()),
-        embedding_bytes=tensors.embedding_bytes,
-        head_bytes=tensors.head_bytes,
-        other_bytes=tensors.other_bytes,
-        adapter_bytes=tensors.adapter_bytes,
-        optimizer_bytes=cost.optimizer_bytes.vram_bytes,
-        bucket_bytes=launch.bucket_bytes(cost.gradient_bytes()),
-        workspace_bytes=cost.rates.workspace_bytes,
-        phases=cost.phases(visits, ends, in_ring=False),
-        context_bytes=cost.rates.context_bytes,
-        host=HostBytes(
-            slab_bytes=0,
-            page_locked_bytes=0,
-            file_backed_bytes=0,
-            ring_bytes=0,
-            boundary_bytes=0,
-            embedding_bytes=0,
-            optimizer_bytes=cost.optimizer_bytes.paged_bytes,
-        ),
-        h2d_bytes=0,
-        time=StepTime(
-            forward_compute_s=visits.forward_s,
-            forward_moving_s=0.0,
-            backward_compute_s=visits.backward_s,
-            backward_moving_s=0.0,
-            ends_s=cost.ends_s(ends, 0),
-            update_s=cost.update_s(),
-            all_reduce_s=launch.all_reduce_s(cost.gradient_bytes(), launch.shared(cost.rates)),
-        ),
-        launch=launch,
-    )
-
-
 def _is_alike(plan: MemoryPlan, least: MemoryPlan) -> bool:
     """Whether a plan takes little more than the least, and differs in nothing but the pieces of the forward."""
     pairs = [(p.micro_batch_size, p.tile_tokens, p.boundaries, p.embedding_and_head) for p in (plan, least)]
@@ -217,18 +109,12 @@ class _Search:
     """Compares the ways to run one streamed model within its budgets."""
 
     def __init__(self, cost: StepCost, config: LemaConfig, options: PlanOptions) -> None:
-        self._cost, self._config, self._options = cost, config, options
-        self._launch = options.launch
-        if self._launch.num_processes > 1:
-            self._cost = cost.at(self._launch.shared(cost.rates))
-        self._layers = tuple(sorted(cost.tensors.layer_bytes))
-        self._layer_bytes = max(cost.tensors.layer_bytes.values(), default=0)
-        self._slot_bytes = allocated_bytes(self._layer_bytes)
-        self._streamable_bytes = sum(cost.tensors.layer_bytes.values())
-        self._ram_bytes = self._ram_budget_bytes()
-        self._file_layers = self._choose_file_layers() if options.file_layers is None else options.file_layers
-        self._transfers = functools.cache(self._num_transfers)
-        self._plan = functools.cache(self._new_plan)
+        launch = options.launch
+        self._cost = cost.at(launch.shared(cost.rates)) if launch.num_processes > 1 else cost
+        self._config, self._options = config, options
+        self._plans = StreamedPlans(self._cost, config, options)
+        self._layers = self._plans.layers
+        self._plan = self._plans.plan
         self._num_trained = cost.num_layers - cost.lowest
         if (options.num_kept or 0) > self._num_trained:
             raise ValueError(f"num_kept is {options.num_kept}, but only {self._num_trained} layers have a backward")
@@ -293,7 +179,7 @@ class _Search:
             return [min(self._options.micro_batch_size, whole)]
         return sorted({-(-whole // num_pieces) for num_pieces in (*PIECES, whole)}, reverse=True)
 
-    def _choices(self, micro_batch_size: int) -> Iterator[_Choice]:
+    def _choices(self, micro_batch_size: int) -> Iterator[Choice]:
         """Every way to run with such micro-batches."""
         places: tuple[Place, ...] = ("vram", "ram")
         boundaries = places if self._options.boundaries is None else (self._options.boundaries,)
@@ -302,7 +188,7 @@ class _Search:
         if micro_batch_size == 1 and self._cost.seq_len >= 2 * MIN_TILE_TOKENS and not self._options.num_kept:
             cuts.append((1, min(TILE_TOKENS, self._cost.seq_len // 2)))
         for (at_once, tile_tokens), boundary, end in itertools.product(cuts, boundaries, ends):
-            yield _Choice(
+            yield Choice(
                 micro_batch_size=micro_batch_size,
                 forward_micro_batch_size=at_once,
                 tile_tokens=tile_tokens,
@@ -322,12 +208,12 @@ class _Search:
         times = (1, 2, MAX_PIECES_AT_ONCE) if is_faster else (1, 2)
         return sorted({min(n * micro_batch_size, whole) for n in times})
 
-    def _bare(self, choice: _Choice) -> MemoryPlan:
+    def _bare(self, choice: Choice) -> MemoryPlan:
         """A way to run with nothing on the device that need not be there."""
         num_kept = self._kept_numbers(choice)[0]
         return self._plan(choice, len(self._layers) if num_kept and self._cost.options.is_packed else 0, num_kept)
 
-    def _filled(self, choice: _Choice, budget_bytes: int) -> Iterator[MemoryPlan]:
+    def _filled(self, choice: Choice, budget_bytes: int) -> Iterator[MemoryPlan]:
         """A way to run with each number of kept layers, and as many resident ones as the budget holds beside them."""
         for num_kept in self._kept_numbers(choice):
             spare_bytes = budget_bytes - self._taken_bytes(self._plan(choice, 0, num_kept))
@@ -340,7 +226,7 @@ class _Search:
 
     # ---- kept layers ----
 
-    def _kept_numbers(self, choice: _Choice) -> Sequence[int]:
+    def _kept_numbers(self, choice: Choice) -> Sequence[int]:
         """How many layers may keep their activations, ascending."""
         if choice.tile_tokens:
             return [0]
@@ -359,16 +245,10 @@ class _Search:
         """
         bytes_of = [phase.nbytes + int(GAPS * (phase.kept_bytes + phase.activation_bytes)) for phase in plan.phases]
         if plan.kept_layers and not self._cost.options.is_packed:
-            bytes_of[0] += self._slot_bytes  # the largest forward
+            bytes_of[0] += self._plans.slot_bytes  # the largest forward
         return plan.always_bytes + max(bytes_of)
 
-    def _visits(self, choice: _Choice, num_kept: int) -> VisitCosts:
-        visits = self._cost.streamed_visits(
-            choice.micro_batch_size, choice.tile_tokens, choice.forward_micro_batch_size
-        )
-        return visits.with_last(self._cost.kept_visits(choice.micro_batch_size), num_kept) if num_kept else visits
-
-    def _least_s(self, ways: Sequence[_Choice], budget_bytes: int) -> float:
+    def _least_s(self, ways: Sequence[Choice], budget_bytes: int) -> float:
         """What a step takes with such micro-batches or smaller ones, at least.
 
         Smaller ones shorten nothing, and take no less for kept activations and the loss, beside which layers stay.
@@ -385,11 +265,11 @@ class _Search:
     def _num_fitting(self, spare_bytes: int) -> int:
         """Resident layers for which there is room."""
         most = len(self._layers) if self._options.num_resident is None else self._options.num_resident
-        return min(spare_bytes // max(1, self._slot_bytes), len(self._layers), most)
+        return min(spare_bytes // max(1, self._plans.slot_bytes), len(self._layers), most)
 
     def _with_free_kept(self, plan: MemoryPlan) -> MemoryPlan:
         """The same plan with as many kept layers as take no more VRAM and make it faster."""
-        choice = _Choice(
+        choice = Choice(
             micro_batch_size=plan.micro_batch_size,
             forward_micro_batch_size=plan.forward_micro_batch_size,
             tile_tokens=plan.tile_tokens,
@@ -416,137 +296,15 @@ class _Search:
         card_bytes = rates.vram_bytes if self._options.vram_bytes is None else self._options.vram_bytes
         return card_bytes - rates.context_bytes - HEAD_ROOM_BYTES
 
-    def _ram_budget_bytes(self) -> int | None:
-        """What layers, boundary activations and the head may take together; None for ``"min"``."""
-        if self._config.ram_budget == "min":
-            return None
-        if self._config.ram_budget_bytes is not None:
-            return self._config.ram_budget_bytes
-        given = self._options.ram_bytes
-        return (available_host_bytes() if given is None else given) - RAM_HEAD_ROOM_BYTES
-
     def _fits_ram(self, plan: MemoryPlan) -> bool:
         """Whether slab, ring and what every process has of its own fit; ``"min"`` says nothing about the latter."""
-        if self._ram_bytes is None:
+        if self._plans.ram_bytes is None:
             return True
-        return plan.host_group_bytes <= self._ram_bytes
+        return plan.host_group_bytes <= self._plans.ram_bytes
 
     def _ram_message(self) -> str:
         return (
-            f"{self._cost.name}: the RAM budget of {format_bytes(self._ram_bytes or 0)} holds neither the streamed "
-            f"layers ({format_bytes(self._streamable_bytes)}) nor the ring to read them through, beside boundary "
-            'activations. Raise it, use ram_budget="min", or a smaller batch'
+            f"{self._cost.name}: the RAM budget of {format_bytes(self._plans.ram_bytes or 0)} holds neither the "
+            f"streamed layers ({format_bytes(self._plans.streamable_bytes)}) nor the ring to read them through, beside "
+            'boundary activations. Raise it, use ram_budget="min", or a smaller batch'
         )
-
-    def _choose_file_layers(self) -> tuple[int, ...]:
-        """The layers that do not fit into the RAM budget."""
-        if self._ram_bytes is not None and self._streamable_bytes <= self._ram_bytes:
-            return ()
-        room_bytes = 0 if self._ram_bytes is None else max(0, self._ram_bytes - self._ring_bytes())
-        kept = layers_in_ram(self._cost.tensors.layer_bytes, room_bytes)
-        return tuple(i for i in self._layers if i not in kept)
-
-    def _ring_bytes(self) -> int:
-        most_bytes = MAX_RING_BYTES if self._ram_bytes is None else min(MAX_RING_BYTES, self._ram_bytes // 2)
-        return ring_bytes(self._layer_bytes, most_bytes)
-
-    def _tier(self) -> str:
-        if len(self._file_layers) in (0, len(self._layers)):
-            return "disk" if self._file_layers else "ram"
-        return "mixed"
-
-    # ---- one plan ----
-
-    def _new_plan(self, choice: _Choice, num_resident: int, num_kept: int) -> MemoryPlan:
-        cost, tensors = self._cost, self._cost.tensors
-        visits = self._visits(choice, num_kept)
-        ends = self._ends(choice)
-        ends_in_ram = choice.embedding_and_head == "ram"
-        resident = choose_resident(num_resident, self._layers, self._file_layers)
-        num_streamed = len(self._layers) - num_resident
-        host = self._host(visits, choice)
-        time, h2d_bytes = self._time(visits, choice, num_resident, resident)
-        return MemoryPlan(
-            contender="lema",
-            model=cost.name,
-            batch_size=cost.batch_size,
-            seq_len=cost.seq_len,
-            micro_batch_size=choice.micro_batch_size,
-            forward_micro_batch_size=choice.forward_micro_batch_size,
-            tile_tokens=choice.tile_tokens,
-            resident_layers=resident,
-            kept_layers=tuple(range(visits.first_kept, cost.num_layers)),
-            recomputed_layers=tuple(range(cost.lowest, visits.first_kept)),
-            num_layers=cost.num_layers,
-            tier=self._tier() if num_streamed else "vram",
-            boundaries=choice.boundaries,
-            embedding_and_head=choice.embedding_and_head,
-            slots_bytes=self._config.num_slots * self._slot_bytes,
-            resident_bytes=sum(allocated_bytes(tensors.layer_bytes[i]) for i in resident),
-            embedding_bytes=0 if ends_in_ram else tensors.embedding_bytes,
-            head_bytes=0 if ends_in_ram else tensors.head_bytes,
-            other_bytes=tensors.other_bytes,
-            adapter_bytes=tensors.adapter_bytes,
-            optimizer_bytes=cost.optimizer_bytes.vram_bytes,
-            bucket_bytes=self._launch.bucket_bytes(cost.gradient_bytes()),
-            workspace_bytes=cost.rates.workspace_bytes,
-            phases=cost.phases(visits, ends, in_ring=choice.boundaries == "ram"),
-            context_bytes=cost.rates.context_bytes,
-            host=host,
-            h2d_bytes=h2d_bytes,
-            time=time,
-            launch=self._launch,
-        )
-
-    def _ends(self, choice: _Choice) -> PartCost:
-        in_ram = choice.embedding_and_head == "ram"
-        return self._cost.ends(True, PIECE_BYTES if in_ram else 0)
-
-    def _host(self, visits: VisitCosts, choice: _Choice) -> HostBytes:
-        tensors = self._cost.tensors
-        between_bytes = self._ring_bytes() if self._file_layers else 0
-        in_files_bytes = sum(tensors.layer_bytes[i] for i in self._file_layers)
-        slab_bytes = self._streamable_bytes - in_files_bytes
-        boundary_bytes = visits.boundary_bytes(self._cost.lowest) if choice.boundaries == "ram" else 0
-        in_ram = choice.embedding_and_head == "ram"
-        embedding_bytes = tensors.embedding_bytes + tensors.head_bytes if in_ram else 0
-        return HostBytes(
-            slab_bytes=slab_bytes,
-            page_locked_bytes=slab_bytes + between_bytes + boundary_bytes + embedding_bytes,
-            file_backed_bytes=in_files_bytes,
-            ring_bytes=between_bytes,
-            boundary_bytes=boundary_bytes,
-            embedding_bytes=embedding_bytes,
-            optimizer_bytes=self._cost.optimizer_bytes.paged_bytes,
-        )
-
-    def _time(
-        self, visits: VisitCosts, choice: _Choice, num_resident: int, resident: tuple[int, ...]
-    ) -> tuple[StepTime, int]:
-        """Lower bound of the step, and the bytes that it moves to the device."""
-        cost, tensors = self._cost, self._cost.tensors
-        streamed = tuple(i for i in self._layers if i not in resident)
-        mean_bytes = sum(tensors.layer_bytes[i] for i in streamed) / max(1, len(streamed))
-        num_transfers = self._transfers(streamed)
-        disk_share = sum(tensors.layer_bytes[i] for i in streamed if i in set(self._file_layers)) / max(
-            1, sum(tensors.layer_bytes[i] for i in streamed)
-        )
-        forward_bytes = -(-num_transfers // 2) * mean_bytes
-        backward_bytes = num_transfers // 2 * mean_bytes
-        boundary_bytes = visits.boundary_bytes(cost.lowest) if choice.boundaries == "ram" else 0
-        head_bytes = 0
-        if choice.embedding_and_head == "ram":  # the head in the forward and in the backward of the loss
-            head_bytes = 2 * (tensors.head_bytes or tensors.embedding_bytes) + visits.embedded_bytes
-        time = StepTime(
-            forward_compute_s=visits.forward_s,
-            forward_moving_s=cost.moving_s(forward_bytes, boundary_bytes, disk_share * forward_bytes),
-            backward_compute_s=visits.backward_s,
-            backward_moving_s=cost.moving_s(backward_bytes + boundary_bytes, 0, disk_share * backward_bytes),
-            ends_s=cost.ends_s(self._ends(choice), head_bytes),
-            update_s=cost.update_s(),
-            all_reduce_s=self._launch.all_reduce_s(cost.gradient_bytes(), cost.rates),
-        )
-        return time, int(forward_bytes + backward_bytes) + boundary_bytes + head_bytes
-
-    def _num_transfers(self, streamed: tuple[int, ...]) -> int:
-        return transfers_per_step(streamed, self._cost.num_layers, self._config.num_slots, self._cost.lowest)

@@ -26,6 +26,8 @@ from hf_lema.planning.memory_plan import Phase, Place
 from hf_lema.planning.optimizers import FUSED, OptimizerBytes, optimizer_bytes
 from hf_lema.planning.rehearsal import PartCost, Rehearsal
 
+Model = str | Path | PretrainedConfig | nn.Module
+
 NUM_BOUNDARY_SLOTS = 2
 """Device buffers through which boundary activations return: one computes, one arrives. They stay from step to step."""
 
@@ -167,7 +169,7 @@ class StepCost:
 
     def __init__(
         self,
-        model: str | Path | PretrainedConfig | nn.Module,
+        model: Model,
         batch_size: int,
         seq_len: int,
         lora: LoraConfig | int | None,
