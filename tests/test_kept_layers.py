@@ -451,6 +451,17 @@ def test_a_resident_layer_with_such_a_function_is_kept() -> None:
         assert recomputed < num_kernels(model)[1]
 
 
+def test_a_layer_that_becomes_resident_in_a_kept_visit_is_lent_its_own_memory() -> None:
+    # What a Function holds as an attribute is not looked up again: it must not lie in the slot of the next layer.
+    with closing(prepare(STOCK, holding())) as model:
+        expected = steps(model)
+    config = LemaConfig(choices=keeping(*ALL, resident_layers=ALL))
+    with closing(prepare(WRAP_THEN_PEFT, holding(), config=config)) as model, poisoned(model):
+        assert_same_tensors(steps(model), expected)
+        kept: KeptLayers = model.get_base_model().model.layers[0]._lema._options.kept
+        assert all(kept.wants(i) for i in ALL)
+
+
 def test_layers_in_4_bits_are_refused_unless_they_are_resident() -> None:
     with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(quantization="nf4"))) as model:
         with pytest.raises(ValueError, match=r"kept_layers \[2\] are in 4 bits and streamed.*resident_layers"):

@@ -208,9 +208,9 @@ class LayerStreamer:
         try:
             with self._wait_clock.around():
                 slot.ready_event.wait()
-            if resident is not None:
-                resident.keep(slot)
-            yield slot.parameters(layout)
+            # Not the slot's memory: the graph of a kept visit would still lie there when the slot holds another layer.
+            lent = slot if resident is None else resident.keep(slot)
+            yield lent.parameters(layout)
         finally:
             slot.released_event.record()
             prefetcher.give_back(slot, self._wanted_after(layer_idx, direction))
@@ -288,9 +288,11 @@ class _Resident:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.slot: Slot | None = None
 
-    def keep(self, slot: Slot) -> None:
+    def keep(self, slot: Slot) -> Slot:
+        """Copies what is in a shared slot; the slot of its own."""
         with torch.inference_mode(False), torch.no_grad():
             own = Slot(-1, self._buffer.copy_(slot.buffer[: len(self._buffer)]))
         own.move_to(SlotState.FILLING, slot.layer_idx)
         own.move_to(SlotState.READY, slot.layer_idx)
         self.slot = own
+        return own
