@@ -437,6 +437,27 @@ def test_a_visit_from_before_a_change_proves_nothing_of_what_computes_after_it()
         assert [len(kept.proofs(i)) for i in ALL] == [1, 1, 1, 1]
 
 
+def test_a_visit_from_before_a_change_refuses_nothing_of_what_computes_after_it() -> None:
+    with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model:
+        layer = model.get_base_model().model.layers[1]
+        kept: KeptLayers = layer._lema._options.kept
+        before = model(**batch()).loss
+        layer.mlp.gate_proj = nn.Sequential(layer.mlp.gate_proj, nn.Tanh())  # other numbers in the recompute
+        model(**batch())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            before.backward()
+        assert all(kept.wants(i) for i in ALL)
+
+
+def test_a_visit_whose_gradients_are_not_finite_proves_and_refuses_nothing() -> None:
+    with closing(prepare(WRAP_THEN_PEFT, config=LemaConfig(choices=keeping(*ALL)))) as model:
+        kept: KeptLayers = model.get_base_model().model.layers[0]._lema._options.kept
+        (model(**batch()).loss * torch.inf).backward()
+        assert [len(kept.proofs(i)) for i in ALL] == [0, 0, 0, 0]
+        assert all(kept.wants(i) for i in ALL)
+
+
 def test_a_resident_layer_with_such_a_function_is_kept() -> None:
     with closing(prepare(STOCK, holding())) as model:
         expected = steps(model)

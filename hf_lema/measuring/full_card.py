@@ -24,6 +24,10 @@ class FullCardWarning:
         fraction: The share, above 0 and at most 1.
         vram_limit_bytes: A card size to measure against where that is smaller than the real one.
 
+    Attributes:
+        fraction: As given.
+        vram_limit_bytes: As given.
+
     Raises:
         ValueError: Such a share cannot be.
     """
@@ -40,7 +44,12 @@ class FullCardWarning:
         self._is_above = False
 
     def look(self, memory: PeakMemory, meter: VramMeter) -> None:
-        """Logs if these peaks are the first above the threshold."""
+        """Logs if these peaks are the first above the threshold.
+
+        Args:
+            memory: Peaks since the last look.
+            meter: Of the card.
+        """
         if memory.vram_process_peak_bytes is None or memory.vram_reserved_peak_bytes is None:
             return
         card_bytes = meter.total_bytes

@@ -1,6 +1,7 @@
 """The records of a training: the figures that are kept of each optimizer step, with the unit in each name.
 
-Responsibility: plain frozen data and its JSON form. Knows neither how the figures are measured nor how they are drawn.
+Responsibility: plain frozen data, its JSON form, and the files that it goes to. Knows neither how the figures are
+measured nor how they are drawn.
 """
 
 from __future__ import annotations

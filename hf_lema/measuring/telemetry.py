@@ -106,12 +106,12 @@ class MemoryTelemetryCallback(TrainerCallback, ExportableState):
         console: bool = True,
         allow_changed_base: bool = False,
     ) -> None:
+        self._full_card = FullCardWarning(warn_fraction, vram_limit_bytes)
         if not sample_interval_s > 0:
             raise ValueError(f"sample_interval_s must be above 0, got {sample_interval_s}")
         self.path = None if path is None else Path(path)
         self.records: list[StepRecord] = []
         self.peak: PeakMemory | None = None
-        self._full_card = FullCardWarning(warn_fraction, vram_limit_bytes)
         self._sample_interval_s = sample_interval_s
         self._ram_baseline = read_process_memory() if ram_baseline is None else ram_baseline
         self._console = console

@@ -1,6 +1,7 @@
 """What a training run with the whole model in VRAM will take: stock PEFT and QLoRA.
 
-Responsibility: `plan_stock`: arithmetic over what `Rehearsal` has counted. Allocates nothing and touches no device.
+Responsibility: `plan_stock`, and `stock_plan` for a step whose cost is known: arithmetic over what `Rehearsal` has
+counted. Allocates nothing and touches no device.
 """
 
 from __future__ import annotations

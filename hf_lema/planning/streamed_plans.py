@@ -53,6 +53,7 @@ class StreamedPlans:
         slot_bytes: What the largest of them takes on the device.
         ram_bytes: What layers, boundary activations and the head may take together; None for ``"min"``.
         streamable_bytes: All layers together.
+        plan: The plan of a choice with so many resident and so many kept layers; made once.
     """
 
     def __init__(self, cost: StepCost, config: LemaConfig, options: PlanOptions) -> None:
@@ -100,7 +101,7 @@ class StreamedPlans:
         resident = choose_resident(num_resident, self.layers, self._file_layers)
         num_streamed = len(self.layers) - num_resident
         host = self._host(visits, choice)
-        time, h2d_bytes = self._time(visits, choice, num_resident, resident)
+        time, h2d_bytes = self._time(visits, choice, resident)
         return MemoryPlan(
             contender="lema",
             model=cost.name,
@@ -155,9 +156,7 @@ class StreamedPlans:
             optimizer_bytes=self._cost.optimizer_bytes.paged_bytes,
         )
 
-    def _time(
-        self, visits: VisitCosts, choice: Choice, num_resident: int, resident: tuple[int, ...]
-    ) -> tuple[StepTime, int]:
+    def _time(self, visits: VisitCosts, choice: Choice, resident: tuple[int, ...]) -> tuple[StepTime, int]:
         """Lower bound of the step, and the bytes that it moves to the device."""
         cost, tensors, launch = self._cost, self._cost.tensors, self._options.launch
         streamed = tuple(i for i in self.layers if i not in resident)
