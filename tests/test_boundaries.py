@@ -75,6 +75,18 @@ def test_a_longer_batch_gets_a_larger_buffer_and_the_old_one_goes() -> None:
     assert boundaries.device_bytes == 2 * 20480  # two buffers of 5,000 floats, in whole pages
 
 
+def test_a_longer_batch_after_a_shorter_one_that_needed_a_second_buffer_keeps_to_its_place() -> None:
+    boundaries = Boundaries(CPU, num_layers=2)
+    long = [boundaries.keep(activation(i, 5000)) for i in range(2)]
+    short = [boundaries.keep(activation(10 + i, 4)) for i in range(2)]
+    del short
+    again = [boundaries.keep(activation(20 + i, 5000)) for i in range(2)]
+    for i in (1, 0):
+        assert torch.equal(boundaries.bring(again[i]), activation(20 + i, 5000))
+        assert torch.equal(boundaries.bring(long[i]), activation(i, 5000))
+    assert len(boundaries._slabs) == 2
+
+
 def test_writing_to_a_tensor_that_is_leaving_is_an_error() -> None:
     boundaries = Boundaries(CPU, num_layers=2)
     hidden = activation(0, 4)

@@ -164,6 +164,20 @@ def test_a_layer_without_a_token_wise_part_says_so() -> None:
         assert torch.equal(layer(hidden), hidden.cumsum(1))
 
 
+def test_losses_of_batches_of_several_lengths_are_in_flight_with_boundaries_in_ram() -> None:
+    # As with preference pairs. The shorter one needs a second buffer, in which the next long one finds places.
+    results = []
+    for order in (STOCK, ORDERS[0]):
+        config = LemaConfig(choices=StepChoices(boundaries_in_ram=True))
+        with closing(prepare(order, config=config)) as model:
+            torch.manual_seed(1)
+            held = model(**batch(3, 16, seed=1)).loss
+            model(**batch(1, 8, seed=2)).loss.backward()
+            (held + model(**batch(3, 16, seed=3)).loss).backward()
+            results.append(gradients(model))
+    assert_same_tensors(results[1], results[0])
+
+
 def test_close_gives_back_what_the_choices_took() -> None:
     model = prepare(ORDERS[0])
     choices = StepChoices(boundaries_in_ram=True, outside_in_ram=True)

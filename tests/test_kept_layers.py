@@ -268,11 +268,16 @@ def test_self_check_counts_kept_visits_and_unwrap_gives_the_model_back() -> None
             assert_same_tensors(gradients(model), gradients(stock))
 
 
-def test_a_checkpoint_inside_a_kept_layer_finds_what_it_found_in_the_forward() -> None:
+@pytest.mark.parametrize(("dropout", "micro_batch_size"), [(0.1, 0), (0.0, 0), (0.1, 1)])
+def test_a_checkpoint_inside_a_kept_layer_finds_what_it_found_in_the_forward(
+    dropout: float, micro_batch_size: int
+) -> None:
+    # Whether an adapter's inputs are cast depends on its dropout and on the pieces.
     results = []
     for layers in ((), ALL):
-        config = LemaConfig(choices=keeping(*layers))
-        with closing(prepare(WRAP_THEN_PEFT, build(dtype=torch.bfloat16), lora("llama"), config=config)) as model:
+        config = LemaConfig(choices=keeping(*layers, micro_batch_size=micro_batch_size))
+        adapter = lora("llama", lora_dropout=dropout)
+        with closing(prepare(WRAP_THEN_PEFT, build(dtype=torch.bfloat16), adapter, config=config)) as model:
             for layer in model.get_base_model().model.layers:
                 layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)
             results.append(steps(model, autocast=True))

@@ -206,7 +206,9 @@ class Boundaries:
         for slab in self._slabs:
             if slab.free:
                 return slab, slab.free.popleft()
-        slab = _Slab(self._num_layers, align_up(nbytes, PAGE_BYTES), self._device)
+        # All that are in use have places of one size: whichever is free must be large enough.
+        place_bytes = self._slabs[0].place_bytes if self._slabs else align_up(nbytes, PAGE_BYTES)
+        slab = _Slab(self._num_layers, place_bytes, self._device)
         self._slabs.append(slab)
         return slab, slab.free.popleft()
 

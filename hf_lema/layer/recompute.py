@@ -183,12 +183,21 @@ class Visit:
     @contextmanager
     def _casts_entered(self, trainables: Sequence[torch.Tensor]) -> Iterator[JointCasts]:
         """Has the layer cast together, or not at all, what autocast and adapters would cast one by one."""
-        parts, dtype = self.layer.parts, self._autocast.half_dtype(self.device)
-        casts = JointCasts(parts.linears, self._trainable_slots, trainables, dtype)
-        inputs = self.options.input_casts
-        leaves_out = inputs is not None and dtype is not None and not self._are_inputs_cast
-        with casts.entered(), inputs.left_out(parts.input_casters) if inputs and leaves_out else nullcontext():
+        dtype = self._autocast.half_dtype(self.device)
+        casts = JointCasts(self.layer.parts.linears, self._trainable_slots, trainables, dtype)
+        with self._casts_entered_again(casts):
             yield casts
+
+    @contextmanager
+    def _casts_entered_again(self, casts: JointCasts) -> Iterator[None]:
+        """The same with casts that are there."""
+        inputs, is_on = self.options.input_casts, self._autocast.half_dtype(self.device) is not None
+        leaves_out = inputs is not None and is_on and not self._are_inputs_cast
+        with (
+            casts.entered(),
+            inputs.left_out(self.layer.parts.input_casters) if inputs and leaves_out else nullcontext(),
+        ):
+            yield
 
     @property
     def is_cut(self) -> bool:
@@ -262,7 +271,8 @@ class Visit:
         graph.memory.lend_again(self.layer.lent())
         try:
             # What runs again in a backward, such as a checkpoint in the layer, finds what it found in the forward.
-            with self._hooks.entered(), self.layer.swapped(registered, graph.trainables), graph.casts.entered():
+            again = self._casts_entered_again(graph.casts)
+            with self._hooks.entered(), self.layer.swapped(registered, graph.trainables), again:
 
                 def of_next(grad_outputs: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
                     part, outputs = graph.parts.pop(0)
