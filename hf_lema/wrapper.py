@@ -51,6 +51,7 @@ from hf_lema.model.placement import (
     streamed_tensors,
 )
 from hf_lema.model.stores import store_from_checkpoint, store_of_model
+from hf_lema.model.tuner_layers import TUNER_LAYERS
 from hf_lema.model.unfit import refuse_bf16_without_hardware, refuse_unfit
 from hf_lema.model_runtime import ModelRuntime, runtime_of
 from hf_lema.runtime.local_ranks import LocalGroup
@@ -313,7 +314,9 @@ def _assemble(
     config: LemaConfig,
 ) -> None:
     boundaries = Boundaries(streamer.device, len(layers))
-    options = VisitOptions(MicroBatches(config.micro_batch_size), TokenTiles(), boundaries, LORA_INPUT_CASTS)
+    options = VisitOptions(
+        MicroBatches(config.micro_batch_size), TokenTiles(), boundaries, LORA_INPUT_CASTS, adapters=TUNER_LAYERS
+    )
     flags = lm.config.get_text_config()
     states = [ProxyState(i, layer, streamer, places.get(i, ()), flags, options) for i, layer in enumerate(layers)]
     lm.__dict__["_lema_runtime"] = ModelRuntime(lm, states, streamer, config, options)

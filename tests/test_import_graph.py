@@ -63,6 +63,7 @@ ROOMS: dict[str, set[str]] = {
     "model/other_ways": {"torch", "transformers", "accelerate"},
     "model/fixed_buffers": {"torch"},
     "model/lora_inputs": {"torch", "peft"},
+    "model/tuner_layers": {"torch", "peft"},
     "model/outside": {"torch", "transformers"},
     "model/pieced_loss": {"torch"},
     "model/loss": {"torch", "transformers"},

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import (
@@ -415,7 +416,7 @@ def test_a_layer_is_proven_with_each_adapter_once_and_again_with_other_weights()
             made = [graph for graph in graphs() if isinstance(graph, KeptGraph)]
             assert len(made) == NUM_LAYERS
             loss.backward()
-            return sum(graph.proofs is None for graph in made)
+            return sum(graph.is_proven for graph in made)
 
         model.add_adapter("other", model.peft_config["default"])
         assert [num_proven_in_a_step() for _ in range(2)] == [0, NUM_LAYERS]
@@ -453,6 +454,44 @@ def test_a_visit_from_before_a_change_refuses_nothing_of_what_computes_after_it(
             warnings.simplefilter("error", UserWarning)
             before.backward()
         assert all(kept.wants(i) for i in ALL)
+
+
+@pytest.mark.parametrize("how", ["forward", "hook", "class"])
+def test_what_modules_compute_may_be_replaced_after_the_proof(how: str) -> None:
+    class Held(nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return _HeldLinear.apply(hidden, self.weight)  # type: ignore[no-any-return]
+
+    results = []
+    for order in (STOCK, WRAP_THEN_PEFT):
+        with closing(prepare(order, config=LemaConfig(choices=keeping(*ALL), num_slots=3))) as model:
+            forward_backward(model)
+            model.zero_grad()
+            for layer in model.get_base_model().model.layers:
+                gate = layer.mlp.gate_proj
+                if how == "forward":
+                    gate.forward = functools.partial(Held.forward, gate)
+                elif how == "hook":
+                    gate.register_forward_hook(lambda module, args, _: _HeldLinear.apply(args[0], module.weight))
+                else:
+                    gate.__class__ = Held
+            torch.manual_seed(3)
+            loss = model(**batch(seed=1)).loss + model(**batch(seed=2)).loss
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                loss.backward()
+            assert any("gives other gradients" in str(w.message) for w in said) == (order == WRAP_THEN_PEFT)
+            results.append(gradients(model))
+    assert_same_tensors(results[1], results[0])
+
+
+def test_sparse_tensors_that_a_graph_saves_are_kept() -> None:
+    results = []
+    for order in (STOCK, WRAP_THEN_PEFT):
+        shira = peft.ShiraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"])
+        with closing(prepare(order, peft_config=shira, config=LemaConfig(choices=keeping(*ALL)))) as model:
+            results.append(steps(model))
+    assert_same_tensors(results[1], results[0])
 
 
 def test_a_visit_whose_gradients_are_not_finite_proves_and_refuses_nothing() -> None:

@@ -122,6 +122,17 @@ def test_a_layer_that_mixes_its_batch_is_found_and_kept_whole() -> None:
     assert cut.pieces(layer, hidden, {}, _run) == [Piece(0, 4)]  # judged once per class
 
 
+def test_a_layer_with_an_output_that_has_no_batch_is_kept_whole() -> None:
+    class Losing(nn.Identity):
+        pass
+
+    hidden = torch.arange(24.0).reshape(4, 3, 2)
+    for extra in (hidden.sum(), hidden.sum()[None], hidden[0]):
+        cut = MicroBatches(2)
+        with pytest.warns(UserWarning, match="not cut into micro-batches"):
+            assert cut.pieces(Losing(), hidden, {}, lambda h, _, extra=extra: (h, extra)) == [Piece(0, 4)]
+
+
 def test_pieces_cover_the_batch() -> None:
     hidden = torch.ones(5, 100, 2)
     assert MicroBatches(2).pieces(nn.Identity(), hidden, {}, _run) == [Piece(0, 2), Piece(2, 4), Piece(4, 5)]

@@ -8,7 +8,8 @@ So of a saved tensor that lies in lent memory only its place there is kept, and 
 to the backward is given back. A custom autograd Function that holds a weight as an attribute goes past this, and would
 compute with whatever lies there. So the first kept visit of a layer whose weights move runs on copies of them that are
 overwritten at its end, and its gradients are compared with a recompute's. So is the first with another adapter, and the
-first after modules, parameters or weights have changed.
+first after modules, parameters or weights have changed; a graph from before such a change is not used. What this does
+not show is such a Function on a path that the compared visit did not take (an expert without tokens).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class KeptLayers:
         """With which trained tensors a layer's kept graph has given the gradients of a recompute.
 
         With another adapter other modules compute. Once the layer is forgotten this is another set: a visit from before
-        adds its proof to the old one.
+        is known by the old one.
         """
         return self._proven.setdefault(layer_idx, set())
 
@@ -149,7 +150,8 @@ class LentMemory(SavingHooks):
     def pack(self, tensor: torch.Tensor) -> _Place | _Held:
         """A place in lent memory, or the tensor where it lies elsewhere."""
         self.num_packed += 1
-        found = self._first_in.get(tensor.untyped_storage()._cdata)
+        # A sparse tensor has no storage, so it lies in none that is lent.
+        found = self._first_in.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
         if found is None:
             # Without its history: a node that holds its own output would never be freed.
             held = tensor if tensor.grad_fn is None else tensor.detach()
@@ -192,12 +194,14 @@ class KeptGraph:
         memory: What they save.
         trainables: Aliases of the trainable tensors, leaves of the graphs.
         casts: Of these.
-        proofs: Where its proof goes; None where it needs none.
+        proofs: Of its layer when the graph was made; see `KeptLayers.proofs`.
+        is_proven: Whether it needs no comparison with a recompute.
         parts: Hidden states, a leaf, and outputs of each piece that has not been differentiated yet.
     """
 
     memory: LentMemory
     trainables: tuple[torch.Tensor, ...]
     casts: JointCasts
-    proofs: set[Hashable] | None
+    proofs: set[Hashable]
+    is_proven: bool
     parts: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = field(default_factory=list)

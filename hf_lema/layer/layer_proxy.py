@@ -107,6 +107,9 @@ class ProxyState(LayerWeights):
     def _visit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.reconcile()
         own = self.own_parameters()
+        if self.unmerge_disabled():
+            self.reconcile()
+            own = self.own_parameters()
         self.bring_to_device(own)
         trainables = [entry for entry in own if entry[2].requires_grad] if torch.is_grad_enabled() else []
         hidden = args[0]

@@ -5,7 +5,7 @@ Responsibility: what is registered when, and what was done to the layer since. R
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,8 @@ class LayerWeights:
         self._note_left()
         self._journal: list[tuple[dict[str, Any], str, Any]] = []
         self._modules: list[nn.Module] = []
-        self._signature: list[int] | None = None
+        self._signature: list[Hashable] | None = None
+        self._computed_so: list[int] = []
         self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         self._parts = LayerParts(())
         self.own_parameters()  # what is there now: an adapter that is added later is seen as a change
@@ -112,16 +113,14 @@ class LayerWeights:
         The walk over some hundred modules is kept until a module or parameter under the layer is another object than
         before (comparing takes a tenth of the walk).
         """
-        signature = [id(child) for module in self._modules for child in module._modules.values()]
-        signature += [id(parameter) for module in self._modules for parameter in module._parameters.values()]
-        if signature != self._signature:
+        if self._signature is None or self._signed() != self._signature:
             self._options.kept.forget(self.layer_idx)
             if self._signature is not None and self.streamed:
                 # An adapter was added or taken away; some initialisations (OLoRA) write to the base through `.data`,
                 # which no version counter and no pointer shows.
                 self.streamer.invalidate_if_changed(self.layer_idx, was_visited=self._was_visited)
             self._modules = list(self.layer.modules())
-            self._parts = LayerParts(self._modules, self._options.input_casts)
+            self._parts = LayerParts(self._modules, self._options.input_casts, self._options.adapters)
             streamed = {(id(t.owner), t.attribute) for t in self.streamed}
             self._own = [
                 (module._parameters, name, parameter)
@@ -129,9 +128,31 @@ class LayerWeights:
                 for name, parameter in module._parameters.items()
                 if parameter is not None and (id(module), name) not in streamed
             ]
-            self._signature = [id(child) for module in self._modules for child in module._modules.values()]
-            self._signature += [id(p) for module in self._modules for p in module._parameters.values()]
+            self._signature = self._signed()
+        if self._options.kept.layers and (computing := self._computing()) != self._computed_so:
+            self._options.kept.forget(self.layer_idx)
+            self._computed_so = computing
         return self._own
+
+    def _signed(self) -> list[Hashable]:
+        """What is under the layer now. An adapter may be unmerged through ``.data``: only its own list shows that."""
+        modules, adapters = self._modules, self._options.adapters
+        signature: list[Hashable] = [id(child) for module in modules for child in module._modules.values()]
+        signature += [id(parameter) for module in modules for parameter in module._parameters.values()]
+        if adapters is not None:
+            signature.append(adapters.merged(self._parts.tuners))
+        return signature
+
+    def _computing(self) -> list[int]:
+        """How the modules compute: their classes, forwards put in place of those, and forward hooks."""
+        computing = [id(type(module)) for module in self._modules]
+        computing += [id(module.__dict__.get("forward")) for module in self._modules]
+        return computing + [key for module in self._modules for key in module._forward_hooks]
+
+    def unmerge_disabled(self) -> bool:
+        """Unmerges what the forward would unmerge by itself, in lent memory; whether there was any."""
+        adapters = self._options.adapters
+        return adapters is not None and adapters.unmerge_disabled(self._parts.tuners)
 
     def bring_to_device(self, own: list[tuple[dict[str, Any], str, nn.Parameter]]) -> None:
         """Moves what is not streamed to the device: PEFT puts a new adapter beside its base, on the host."""

@@ -13,7 +13,7 @@ that have a graph, all pieces of the visit use these as they are, and no other v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,6 +26,7 @@ from hf_lema.layer.kept_graph import KeptGraph, LentMemory, WrittenError
 from hf_lema.layer.micro_batch import Piece
 from hf_lema.layer.piece_draws import DrawsElsewhereError, PieceDraws, active_dropouts
 from hf_lema.layer.replay import AutocastState, ForwardHooks, RandomState, Surroundings
+from hf_lema.layer.swaps import changed
 from hf_lema.layer.visit_options import StreamedLayer, VisitOptions
 from hf_lema.runtime.schedule import Direction
 
@@ -75,6 +76,9 @@ class Visit:
         self._hooks = hooks
         self._rng = RandomState.capture(device)
         self._autocast = AutocastState.capture(device)
+        self._modules = layer.parts.modules
+        self._training = [module.training for module in self._modules]
+        self._adapters = self._adapter_state()
         self.device = device
 
     def run(
@@ -131,12 +135,12 @@ class Visit:
         self._cut(hidden)
         hidden = hidden.detach()
         aliases = tuple(t.detach().requires_grad_() for t in trainables)
-        found = self.options.kept.proofs(self.layer.layer_idx)
-        proofs = None if self.layer.stays or self._trained in found else found
-        with nullcontext() if proofs is None else self.layer.copied():
+        proofs = self.options.kept.proofs(self.layer.layer_idx)
+        is_proven = self.layer.stays or self._trained in proofs
+        with nullcontext() if is_proven else self.layer.copied():
             memory = LentMemory(self.layer.lent())
             with torch.enable_grad(), self._casts_entered(aliases) as casts, memory.saving():
-                graph = KeptGraph(memory, aliases, casts, proofs)
+                graph = KeptGraph(memory, aliases, casts, proofs, is_proven)
                 for piece in self._pieces if self.is_cut else [None]:
                     part = hidden if piece is None else hidden[piece.begin : piece.end]
                     part = part.detach().requires_grad_(needs_gradient)
@@ -146,6 +150,10 @@ class Visit:
         if not self.is_cut:
             return tuple(output.detach() for output in outputs[0])
         return tuple(torch.cat([output.detach() for output in same]) for same in zip(*outputs, strict=True))
+
+    def _adapter_state(self) -> Hashable:
+        adapters = self.options.adapters
+        return None if adapters is None else adapters.state(self.layer.parts.tuners)
 
     @property
     def _trained(self) -> tuple[tuple[int, str], ...]:
@@ -218,19 +226,18 @@ class Visit:
             The gradient of the hidden states (None if not needed), then those of the trainable tensors.
         """
         graph, self._graph = self._graph, None
-        if graph is None:
-            return self._recomputed(hidden, trainables, grad_outputs)
         kept, layer_idx = self.options.kept, self.layer.layer_idx
+        if graph is None or graph.proofs is not kept.proofs(layer_idx):  # modules or weights have changed since
+            return self._recomputed(hidden, trainables, grad_outputs)
         try:
             grads = self._graph_gradients(graph, grad_outputs)
         except WrittenError:
             kept.refuse(layer_idx, "has kept activations that were written to in place after its forward")
             return self._recomputed(hidden, trainables, grad_outputs)
-        if graph.proofs is None:
+        if graph.is_proven:
             return grads
         again = self._recomputed(hidden, trainables, grad_outputs)
-        # What has come into the layer since the forward computes in the recompute alone: comparing would say nothing.
-        if graph.proofs is not kept.proofs(layer_idx) or not kept.agree(layer_idx, grads, again):
+        if not kept.agree(layer_idx, grads, again):
             return again
         graph.proofs.add(self._trained)
         return grads
@@ -238,8 +245,23 @@ class Visit:
     def _recomputed(
         self, hidden: torch.Tensor, trainables: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
-        """The gradients by a recompute; the arguments are those of `gradients`."""
-        with self._rng.replayed(), self._hooks.entered(), self._casts_entered(trainables) as casts:
+        """The gradients by a recompute; the arguments are those of `gradients`.
+
+        Raises:
+            RuntimeError: Other adapters are merged, active or disabled than in the forward.
+        """
+        if self._adapter_state() != self._adapters:
+            raise RuntimeError(
+                f"layer {self.layer.layer_idx}: adapters were merged, unmerged, switched, enabled or disabled between "
+                "the forward and its backward, which computes the layer again. Change them before the forward"
+            )
+        modes = zip(self._modules, self._training, strict=True)
+        with (
+            changed([(module.__dict__, "training", was) for module, was in modes if module.training != was]),
+            self._rng.replayed(),
+            self._hooks.entered(),
+            self._casts_entered(trainables) as casts,
+        ):
 
             def of_part(
                 part: torch.Tensor, grad_outputs: tuple[torch.Tensor | None, ...], piece: Piece | None

@@ -5,7 +5,7 @@ Responsibility: `VisitOptions`, `LayerParts` and the protocol of a layer. Runs n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,20 +31,43 @@ class InputCasts(Protocol):
         """Leaves their casts out for the duration of the block."""
 
 
+class Adapters(Protocol):
+    """What the adapters under a layer are set to."""
+
+    def find(self, modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
+        """The modules that hold them."""
+
+    def merged(self, modules: Sequence[nn.Module]) -> Hashable:
+        """Which are merged into the base."""
+
+    def state(self, modules: Sequence[nn.Module]) -> Hashable:
+        """Which are merged, active and disabled."""
+
+    def unmerge_disabled(self, modules: Sequence[nn.Module]) -> bool:
+        """Unmerges what a forward would unmerge by itself; whether there was any."""
+
+
 class LayerParts:
     """The modules of a layer that a visit treats by themselves.
 
     Args:
         modules: All modules of the layer.
         input_casts: Finds those that cast their inputs.
+        adapters: Finds those that hold adapters.
 
     Attributes:
+        modules: As given.
+        tuners: Those that hold adapters.
         linears: See `JointCasts`.
         dropouts: See `PieceDraws`.
         input_casters: As found.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], input_casts: InputCasts | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], input_casts: InputCasts | None = None, adapters: Adapters | None = None
+    ) -> None:
+        self.modules = modules
+        self.tuners = [] if adapters is None else adapters.find(modules)
         self.linears = plain_linears(modules)
         self.dropouts = [module for module in modules if type(module) is nn.Dropout]
         self.input_casters = [] if input_casts is None else input_casts.find(modules)
@@ -95,6 +118,7 @@ class VisitOptions:
         boundaries: Where hidden states wait for the backward, if not in device memory.
         input_casts: Casts that may be left out where the numbers do not change; None for none.
         kept: Layers whose visits keep their graphs.
+        adapters: What adapters are set to; None where there are none to ask.
     """
 
     micro_batches: MicroBatches
@@ -102,3 +126,4 @@ class VisitOptions:
     boundaries: Boundaries
     input_casts: InputCasts | None = None
     kept: KeptLayers = field(default_factory=KeptLayers)
+    adapters: Adapters | None = None
