@@ -111,13 +111,13 @@ class LayerWeights:
         """(registry, name, parameter) of everything under the layer that is not streamed: adapters, what trains.
 
         The walk over some hundred modules is kept until a module or parameter under the layer is another object than
-        before (comparing takes a tenth of the walk).
+        before, or other adapters are merged (comparing takes a tenth of the walk).
         """
         if self._signature is None or self._signed() != self._signature:
             self._options.kept.forget(self.layer_idx)
             if self._signature is not None and self.streamed:
-                # An adapter was added or taken away; some initialisations (OLoRA) write to the base through `.data`,
-                # which no version counter and no pointer shows.
+                # An adapter was added, taken away or merged; some initialisations (OLoRA) and PEFT's own unmerging
+                # write to the base through `.data`, which no version counter and no pointer shows.
                 self.streamer.invalidate_if_changed(self.layer_idx, was_visited=self._was_visited)
             self._modules = list(self.layer.modules())
             self._parts = LayerParts(self._modules, self._options.input_casts, self._options.adapters)
@@ -135,7 +135,7 @@ class LayerWeights:
         return self._own
 
     def _signed(self) -> list[Hashable]:
-        """What is under the layer now. An adapter may be unmerged through ``.data``: only its own list shows that."""
+        """What is under the layer now, and what is merged into it."""
         modules, adapters = self._modules, self._options.adapters
         signature: list[Hashable] = [id(child) for module in modules for child in module._modules.values()]
         signature += [id(parameter) for module in modules for parameter in module._parameters.values()]

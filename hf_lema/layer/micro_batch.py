@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lema.layer.swaps import changed
+
 CUT_ARGUMENTS = frozenset(
     {
         "attention_mask",
@@ -154,20 +156,13 @@ def _agrees(
     run: Callable[[torch.Tensor, Mapping[str, Any]], Any],
 ) -> bool:
     """Compares two sequences, together and one by one, without dropout."""
-    training = [(module, module.training) for module in layer.modules()]
     batch_size = hidden.shape[0]
 
     def outputs(begin: int, end: int) -> list[torch.Tensor]:
         return list(_tensors(run(hidden[begin:end], Piece(begin, end).cut_named(named, batch_size))))
 
-    try:
-        for module, _ in training:
-            module.training = False
-        with torch.no_grad():
-            both, *single = outputs(0, 2), outputs(0, 1), outputs(1, 2)
-    finally:
-        for module, was_training in training:
-            module.training = was_training
+    with changed([(module.__dict__, "training", False) for module in layer.modules()]), torch.no_grad():
+        both, *single = outputs(0, 2), outputs(0, 1), outputs(1, 2)
     agrees = all(o.dim() > 0 and o.shape[0] == 2 for o in both) and all(
         o.dim() > 0 and o.shape[0] == 1 for outs in single for o in outs
     )
