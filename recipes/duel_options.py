@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from contender_spec import ContenderSpec, known_contenders, load_contender
+from random_data import RANDOM
 
 from hf_lema.units import parse_bytes
 
@@ -88,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help=f"the same job on a {DRY_SHAPE} random model, without a GPU's limit and precision: does all of it work?",
+        help=f"the same job on a {DRY_SHAPE} random model and random tokens, without a GPU's limit and precision",
     )
     parser.add_argument("--limit-s", type=_positive, default=6 * 3600, help="a contender that takes longer is stopped")
     parser.add_argument("--time-s", type=_positive, help="end after so long; the same command goes on where it ended")
@@ -125,8 +126,8 @@ def _make_dry(args: argparse.Namespace) -> None:
     """The same kind of job in the least size; contenders and number of processes stay."""
     for name, value in DRY_RUN.items():
         setattr(args, name, min(value, getattr(args, name)))
-    if args.model is not None and args.model.startswith("shape:"):
-        args.model = f"shape:{DRY_SHAPE}" + ("-nf4" if args.model.endswith("-nf4") else "")
+    is_packed = args.model is not None and args.model.startswith("shape:") and args.model.endswith("-nf4")
+    args.model, args.dataset = f"shape:{DRY_SHAPE}" + ("-nf4" if is_packed else ""), RANDOM
     args.vram_limit = None
     if args.device == "cpu":
         args.precision = None

@@ -280,6 +280,12 @@ def test_a_duel_that_runs_out_of_time_says_which_runs_are_left(tmp_path: Path, m
     assert [found.result.status for found in again] == ["ok", "ok", "skipped"]
 
 
+@pytest.mark.parametrize("options", [["--scenario", "t4-7b"], ["--scenario", "smollm"], ["--model", "some/7b-nf4"], []])
+def test_a_dry_run_fetches_nothing_whatever_the_model(options: list[str]) -> None:
+    args = duel_options.parse_arguments([*options, "--dry-run", "--device", "cpu"])
+    assert (args.model, args.dataset) == ("shape:tiny", "random")
+
+
 @pytest.mark.parametrize("name", [n for n in duel_options.known_scenarios() if n.startswith(("7b", "70b"))])
 def test_a_scenario_leaves_no_contender_out_for_want_of_time_and_can_be_rehearsed_without_a_gpu(name: str) -> None:
     args = duel_options.parse_arguments(["--scenario", name, "--dry-run", "--device", "cpu"])
